@@ -1,0 +1,107 @@
+"""What a dataset is: a folder of token shards and a `dataset.json` that describes them.
+
+Shards are llm.c's: 256 little-endian int32 (magic 20240520, version 1, token count), then uint16
+tokens. No tensor and no numpy here: the API reads these descriptions too.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gptcore.presets import closest
+from gptcore.spec import Problem, SpecError
+
+MAGIC = 20240520
+HEADER_BYTES = 256 * 4
+TOKEN_BYTES = 2
+VOCAB_SIZES = {"bytes": 256, "gpt2": 50257}
+# built-in datasets are prepared on first use: name → (tokenizer, what it is)
+BUILTIN = {
+    "python-stdlib": ("bytes", "the Python standard library's own source, as bytes"),
+    "python-stdlib-gpt2": ("gpt2", "the Python standard library's own source, in GPT-2's BPE"),
+}
+
+
+class Shard(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+class Split(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    tokens: int
+    bytes: int  # of text, for bits per byte
+    documents: int
+    shards: list[Shard]
+
+
+class Dataset(BaseModel):
+    """`dataset.json`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    tokenizer: Literal["bytes", "gpt2"]
+    vocab_size: int
+    source: str
+    train: Split
+    val: Split
+
+
+def dataset_file(root: Path, name: str) -> Path:
+    return root / name / "dataset.json"
+
+
+def read_dataset(root: Path, name: str) -> Dataset | None:
+    """The description of a prepared dataset; None where there is none yet."""
+    path = dataset_file(root, name)
+    if not path.is_file():
+        return None
+    try:
+        return Dataset.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise SpecError([Problem(pointer="/data/dataset", message=f"{path} is not a dataset.json: {error}")]) from error
+
+
+def list_datasets(root: Path) -> list[Dataset]:
+    """Every prepared dataset, by name."""
+    names = sorted(p.parent.name for p in root.glob("*/dataset.json")) if root.is_dir() else []
+    return [d for name in names if (d := read_dataset(root, name)) is not None]
+
+
+def tokenizer_of(root: Path, name: str) -> Literal["bytes", "gpt2"]:
+    """The tokenizer of a prepared or built-in dataset. Raises SpecError where there is neither."""
+    if (dataset := read_dataset(root, name)) is not None:
+        return dataset.tokenizer
+    if name in BUILTIN:
+        return "bytes" if BUILTIN[name][0] == "bytes" else "gpt2"
+    known = {*BUILTIN, *(d.name for d in list_datasets(root))}
+    way_out = f"{closest(name, known)} or make it: trainmaster prepare {name} --text FILE"
+    raise SpecError([Problem(pointer="/data/dataset", message=f"dataset {name!r} is unknown; {way_out}")])
+
+
+def shard_problem(path: Path) -> str | None:
+    """What is wrong with a shard file, from its header and size; None when nothing is."""
+    if not path.is_file():
+        return f"{path} is missing; prepare the dataset again"
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        return f"{path} has {size} bytes, fewer than a shard's header of {HEADER_BYTES}"
+    with path.open("rb") as file:
+        magic, version, tokens = struct.unpack("<3i", file.read(12))
+    if magic != MAGIC or version != 1:
+        return f"{path} is no token shard: magic {magic}, version {version}; wanted {MAGIC}, 1"
+    if size != HEADER_BYTES + TOKEN_BYTES * tokens:
+        return (
+            f"{path} is truncated or padded: its header says {tokens} tokens, "
+            f"{HEADER_BYTES + TOKEN_BYTES * tokens} bytes; it has {size}"
+        )
+    return None

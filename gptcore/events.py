@@ -1,0 +1,240 @@
+"""What a trainer reports, one small class an event, and the file they are kept in.
+
+An attempt's `events.jsonl` is the truth about a run; Redis streams and browsers get copies. `seq`
+starts at 1 in each attempt and `{attempt}-{seq}` is an event's id everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class EventBase(BaseModel):
+    # non-finite numbers travel as the strings "NaN" and "Infinity": JSON has none
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+
+    attempt: int = 0
+    seq: int = 0
+    time: datetime = Field(default_factory=now)
+
+    @property
+    def id(self) -> str:
+        return f"{self.attempt}-{self.seq}"
+
+
+Phase = Literal["preparing", "compiling", "training", "evaluating", "checkpointing", "exporting"]
+
+
+class Started(EventBase):
+    """First event of an attempt: what really runs, resolved."""
+
+    type: Literal["started"] = "started"
+    kind: str
+    device: str
+    device_name: str
+    world_size: int
+    threads: int
+    precision: str
+    compiled: bool
+    micro_batch_size: int
+    grad_accum_steps: int
+    parameters: int
+    total_steps: int
+    tokens_per_step: int
+    versions: dict[str, str]
+
+
+class PhaseChanged(EventBase):
+    type: Literal["phase"] = "phase"
+    phase: Phase
+    message: str = ""
+    progress: float | None = None  # 0 to 1, where the phase knows
+
+
+class Notice(EventBase):
+    """Something a person should know that changes no result (eager for want of a compiler)."""
+
+    type: Literal["notice"] = "notice"
+    level: Literal["info", "warning"] = "info"
+    message: str
+
+
+class Step(EventBase):
+    """One optimiser update. `train_loss` in nats a token, averaged over all ranks and micro-batches."""
+
+    type: Literal["step"] = "step"
+    step: int  # updates completed
+    tokens: int  # seen since the run's start
+    train_loss: float
+    lr: float
+    grad_norm: float
+    step_seconds: float
+    tokens_per_second: float
+    data_wait_seconds: float
+    mfu: float | None = None  # full attention; null where the device's peak is unknown
+    mfu_causal: float | None = None
+    peak_memory_bytes: int = 0
+    replay_difference: float | None = None  # from the first time this step ran
+
+
+class Evaluated(EventBase):
+    type: Literal["evaluated"] = "evaluated"
+    step: int
+    tokens: int
+    val_loss: float  # nats a token
+    bits_per_byte: float
+    eval_tokens: int
+    best: bool
+    seconds: float
+
+
+class Sampled(EventBase):
+    type: Literal["sampled"] = "sampled"
+    step: int
+    prompt: str
+    text: str
+
+
+class Checkpointed(EventBase):
+    type: Literal["checkpointed"] = "checkpointed"
+    step: int
+    path: str  # relative to the run directory
+    bytes: int
+    seconds: float
+
+
+class Skipped(EventBase):
+    """An update that was not applied: its batch, step number and learning rate are consumed."""
+
+    type: Literal["skipped"] = "skipped"
+    step: int
+    reason: Literal["non_finite", "spike"]
+    train_loss: float
+    grad_norm: float
+    loss_limit: float | None = None
+    grad_norm_limit: float | None = None
+
+
+class RolledBack(EventBase):
+    type: Literal["rolled_back"] = "rolled_back"
+    from_step: int
+    to_step: int
+    batches_passed_over: int
+    reason: str
+
+
+class Resumed(EventBase):
+    """`probe_loss` is a fixed batch's loss stored in the checkpoint, `recomputed_loss` that of now."""
+
+    type: Literal["resumed"] = "resumed"
+    step: int
+    path: str
+    probe_loss: float
+    recomputed_loss: float
+    difference: float
+
+
+class Exported(EventBase):
+    type: Literal["exported"] = "exported"
+    step: int
+    path: str
+    native_class: str
+
+
+class Finished(EventBase):
+    """The run ended well. For `prepare` jobs only `seconds` and `tokens` say anything."""
+
+    type: Literal["finished"] = "finished"
+    step: int = 0
+    tokens: int = 0
+    best_step: int | None = None
+    best_val_loss: float | None = None
+    seconds: float
+
+
+class Stopped(EventBase):
+    """The run left at someone's word, after a checkpoint."""
+
+    type: Literal["stopped"] = "stopped"
+    step: int
+    reason: Literal["pause", "cancel", "max_duration"]
+
+
+class Failed(EventBase):
+    """`user_error`: what to change stands in the message, a new attempt would end the same way."""
+
+    type: Literal["failed"] = "failed"
+    reason: Literal["user_error", "out_of_memory", "disk_full", "diverged", "crash"]
+    message: str
+    rank: int = 0
+    traceback: str = ""
+
+
+Event = Annotated[
+    Started | PhaseChanged | Notice | Step | Evaluated | Sampled | Checkpointed | Skipped
+    | RolledBack | Resumed | Exported | Finished | Stopped | Failed,
+    Field(discriminator="type"),
+]  # fmt: skip
+EVENT: TypeAdapter[Any] = TypeAdapter(Event)
+TERMINAL = (Finished, Stopped, Failed)
+
+Report = Callable[[EventBase], None]
+
+
+class JsonlReport:
+    """Appends an attempt's events, numbered; each line is flushed, a terminal one is synced.
+
+    A process killed here may leave a torn last line; a reader takes it for no event.
+    """
+
+    def __init__(self, path: Path, attempt: int):
+        last = list(read_events(path)) if path.exists() else []
+        self._attempt = attempt
+        self._seq = last[-1].seq if last else 0
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, event: EventBase) -> None:
+        self._seq += 1
+        numbered = event.model_copy(update={"attempt": self._attempt, "seq": self._seq})
+        self._file.write(numbered.model_dump_json() + "\n")
+        self._file.flush()
+        if isinstance(event, TERMINAL):
+            self.sync()
+
+    def sync(self) -> None:
+        """Make all events so far survive a power cut; called before a checkpoint is published."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, str]]:
+    """Complete lines from byte `offset` on, each with the offset behind it."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield offset, line.decode("utf-8", "replace").rstrip("\n")
+
+
+def read_events(path: Path) -> Iterator[Any]:
+    """The events of one file, in order."""
+    for _, line in read_lines(path):
+        yield parse_event(line)
+
+
+def parse_event(line: str) -> Any:
+    return EVENT.validate_json(line)

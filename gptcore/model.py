@@ -1,0 +1,217 @@
+"""One readable Transformer with switches: GPT-2, and what came after it.
+
+Shapes: B sequences, T tokens, C = n_embd, H query heads, K key/value heads, D = head_dim, V padded
+vocabulary. Weights are float32; autocast decides what the products run in.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gptcore.spec import ModelSpec
+
+# Rows of logits that exist at once while the loss is computed (see `chunked_cross_entropy`).
+LOSS_CHUNK_TOKENS = 4096
+
+
+def norm_layer(spec: ModelSpec, width: int) -> nn.Module:
+    """The family's norm over the last dimension."""
+    if spec.norm == "layernorm":
+        return nn.LayerNorm(width, eps=spec.norm_eps)
+    return nn.RMSNorm(width, eps=spec.norm_eps, elementwise_affine=spec.norm == "rmsnorm")
+
+
+def rope_tables(spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    """cos, sin (block_size, D) float32 for rotating halves, as the Hub's classes do (Su et al. 2021).
+
+    Direction "backward" negates the angle: nanochat's classes turn that way.
+    """
+    inverse = spec.rope_theta ** (-torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
+    angles = torch.outer(torch.arange(spec.block_size, dtype=torch.float32), inverse)
+    angles = torch.cat((angles, angles), dim=-1)
+    sign = 1.0 if spec.rope_direction == "forward" else -1.0
+    return angles.cos(), sign * angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, heads, T, D), cos and sin (T, D) → x turned by each position's angles, in x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, grouped (Ainslie et al. 2023) where n_kv_head < n_head."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = spec.n_head, spec.n_kv_head, spec.head_dim
+        q_width, kv_width = spec.n_head * spec.head_dim, spec.n_kv_head * spec.head_dim
+        self.q = nn.Linear(spec.n_embd, q_width, bias=spec.attention_bias)
+        self.k = nn.Linear(spec.n_embd, kv_width, bias=spec.attention_bias)
+        self.v = nn.Linear(spec.n_embd, kv_width, bias=spec.attention_bias)
+        self.o = nn.Linear(q_width, spec.n_embd, bias=spec.attention_bias)
+        self.q_norm = norm_layer(spec, spec.head_dim) if spec.qk_norm else None
+        self.k_norm = norm_layer(spec, spec.head_dim) if spec.qk_norm else None
+        # nanochat normalises after the rotation, Qwen3 before; they differ once the norm has a gain
+        self.norm_after_rope = spec.norm == "rmsnorm_plain"
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        if not self.norm_after_rope:
+            q, k = self._normalise(q, k)
+        if rope is not None:
+            # after the transpose: dimension 2 is time. On the head axis it would encode no position.
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if self.norm_after_rope:
+            q, k = self._normalise(q, k)
+        y = F.scaled_dot_product_attention(
+            q, k, v.to(q.dtype), is_causal=True, enable_gqa=self.n_kv_head != self.n_head
+        )
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+
+    def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
+
+
+class MLP(nn.Module):
+    """GELU (tanh form, as GPT-2's), ReLU² (So et al. 2021) or SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.kind = spec.mlp
+        self.up = nn.Linear(spec.n_embd, spec.n_hidden, bias=spec.mlp_bias)
+        self.gate = nn.Linear(spec.n_embd, spec.n_hidden, bias=spec.mlp_bias) if spec.mlp == "swiglu" else None
+        self.down = nn.Linear(spec.n_hidden, spec.n_embd, bias=spec.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        if self.kind == "relu2":
+            return self.down(F.relu(self.up(x)).square())
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual; norm before each, or after each sum."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.norm_first = spec.norm_placement == "pre"
+        self.attn_norm = norm_layer(spec, spec.n_embd)
+        self.attn = Attention(spec)
+        self.mlp_norm = norm_layer(spec, spec.n_embd)
+        self.mlp = MLP(spec)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        if self.norm_first:
+            x = x + self.attn(self.attn_norm(x), rope)
+            return x + self.mlp(self.mlp_norm(x))
+        x = self.attn_norm(x + self.attn(x, rope))
+        return self.mlp_norm(x + self.mlp(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only language model of the shape that `spec` says."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, spec: ModelSpec, *, activation_checkpointing: bool = False):
+        super().__init__()
+        self.spec = spec
+        self.activation_checkpointing = activation_checkpointing
+        self.wte = nn.Embedding(spec.padded_vocab_size, spec.n_embd)
+        self.wpe = nn.Embedding(spec.block_size, spec.n_embd) if spec.position == "learned" else None
+        self.embed_norm = norm_layer(spec, spec.n_embd) if spec.embed_norm else None
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.n_layer))
+        # with the norm behind each residual sum the last block's output is normalised already
+        self.final_norm = norm_layer(spec, spec.n_embd) if spec.norm_placement == "pre" else None
+        self.lm_head = nn.Linear(spec.n_embd, spec.padded_vocab_size, bias=False)
+        if spec.tie_embeddings:
+            self.lm_head.weight = self.wte.weight
+        if spec.position == "rope":
+            cos, sin = rope_tables(spec)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        residual_std = 0.02 / math.sqrt(2 * self.spec.n_layer)  # Radford et al. 2019
+        for name, module in self.named_modules():
+            if not isinstance(module, (nn.Linear, nn.Embedding)):
+                continue
+            out = name.endswith((".o", ".down"))
+            if self.spec.init == "gpt2":
+                nn.init.normal_(module.weight, std=residual_std if out else 0.02)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=1.0)
+            elif out or name == "lm_head":
+                nn.init.zeros_(module.weight)
+            else:  # uniform of the standard deviation sqrt(0.33 / inputs)
+                bound = math.sqrt(3 * 0.33 / module.in_features)
+                nn.init.uniform_(module.weight, -bound, bound)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) int64 → last hidden states (B, T, C), normalised."""
+        T = tokens.shape[1]
+        assert self.spec.block_size >= T, f"{T} tokens in a block of {self.spec.block_size}"
+        x = self.wte(tokens)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe.weight[:T]
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        rope = (self.cos[:T], self.sin[:T]) if self.spec.position == "rope" else None
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden (…, C) → logits (…, vocab_size) float32: softcapped, the padding cut off."""
+        logits = self.lm_head(hidden)[..., : self.spec.vocab_size].float()
+        if self.spec.logit_softcap is not None:
+            logits = self.spec.logit_softcap * torch.tanh(logits / self.spec.logit_softcap)
+        return logits
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) int64 → logits (B, T, vocab_size) float32."""
+        return self.head(self.hidden(tokens))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """tokens, targets (B, T) int64 → mean cross-entropy () float32, nats a token."""
+        hidden = self.hidden(tokens).flatten(0, 1)
+        return chunked_cross_entropy(self, hidden, targets.flatten())
+
+
+def chunked_cross_entropy(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
+    """hidden (N, C), targets (N,) → mean loss () float32, never holding (N, V) logits in float32.
+
+    Each chunk's logits are made again in the backward pass: V is often 50 times C, so they are the
+    largest tensors of a step by far.
+    """
+    N = targets.numel()
+    if N <= LOSS_CHUNK_TOKENS:
+        return F.cross_entropy(model.head(hidden), targets)
+
+    def chunk_loss(rows: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(model.head(rows), wanted, reduction="sum")
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for rows, wanted in zip(hidden.split(LOSS_CHUNK_TOKENS), targets.split(LOSS_CHUNK_TOKENS), strict=True):
+        total = total + checkpoint(chunk_loss, rows, wanted, use_reentrant=False)
+    return total / N

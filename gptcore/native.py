@@ -1,0 +1,112 @@
+"""Which stock `transformers` class holds a model exactly, decided before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gptcore.spec import ModelSpec
+
+# For each class: what every switch must be. A switch that is absent may be anything.
+_CLASSES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "GPT2LMHeadModel": {
+        "norm": ("layernorm",), "position": ("learned",), "mlp": ("gelu",),
+        "attention_bias": (True,), "mlp_bias": (True,), "qk_norm": (False,),
+        "embed_norm": (False,), "logit_softcap": (None,),
+    },
+    "LlamaForCausalLM": {
+        "norm": ("rmsnorm",), "position": ("rope",), "mlp": ("swiglu",), "qk_norm": (False,),
+        "embed_norm": (False,), "logit_softcap": (None,), "rope_direction": ("forward",),
+    },
+    # vLLM's Qwen3 drops the output bias silently, so QK-norm with biases is not offered
+    "Qwen3ForCausalLM": {
+        "norm": ("rmsnorm",), "position": ("rope",), "mlp": ("swiglu",), "qk_norm": (True,),
+        "attention_bias": (False,), "mlp_bias": (False,), "embed_norm": (False,),
+        "logit_softcap": (None,), "rope_direction": ("forward",),
+    },
+    "NanoChatForCausalLM": {
+        "norm": ("rmsnorm_plain",), "position": ("rope",), "mlp": ("relu2",), "qk_norm": (True,),
+        "attention_bias": (False,), "mlp_bias": (False,), "embed_norm": (True,),
+        "rope_direction": ("backward",),
+    },
+}  # fmt: skip
+
+
+def native_class(model: ModelSpec) -> tuple[str | None, str]:
+    """The class's name and "", or None and the reason: the switches that part it from the nearest."""
+    best: tuple[int, str, list[str]] | None = None
+    for name, switches in _CLASSES.items():
+        wrong = [
+            f"{field} {_show(getattr(model, field))} (it has {' or '.join(map(_show, allowed))})"
+            for field, allowed in switches.items()
+            if getattr(model, field) not in allowed
+        ]
+        wrong += _shape_limits(name, model)
+        if not wrong:
+            return name, ""
+        if best is None or len(wrong) < best[0]:
+            best = (len(wrong), name, wrong)
+    assert best is not None
+    return None, f"nearest is {best[1]}, which cannot hold {'; '.join(best[2])}"
+
+
+def _shape_limits(name: str, model: ModelSpec) -> list[str]:
+    limits = []
+    if model.norm_placement != "pre":
+        limits.append('norm_placement "post" (it has "pre")')
+    if name == "GPT2LMHeadModel":
+        if model.head_dim * model.n_head != model.n_embd:
+            limits.append(f"head_dim {model.head_dim} other than n_embd / n_head {model.n_embd / model.n_head:g}")
+        if model.n_kv_head != model.n_head:
+            limits.append(f"n_kv_head {model.n_kv_head} other than n_head {model.n_head}")
+    if name == "NanoChatForCausalLM" and model.head_dim * model.n_head != model.n_embd:
+        limits.append(f"head_dim {model.head_dim} other than n_embd / n_head {model.n_embd / model.n_head:g}")
+    return limits
+
+
+def _show(value: object) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, f'"{value}"') if not isinstance(
+        value, (int, float)
+    ) or isinstance(value, bool) else f"{value:g}"
+
+
+def native_config(model: ModelSpec, tokenizer: str) -> dict[str, Any]:
+    """`config.json` of the native class, readable by transformers 4 and 5 alike.
+
+    transformers 5 writes the rotation only as `rope_parameters`; 4.x then silently uses theta
+    10,000, so both spellings are written. llama.cpp's converter needs `n_ctx` for GPT-2.
+    """
+    name, reason = native_class(model)
+    assert name is not None, reason
+    eot = {"bytes": 0, "gpt2": 50256}[tokenizer]
+    common: dict[str, Any] = {
+        "architectures": [name],
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "use_cache": True,
+    }
+    if name == "GPT2LMHeadModel":
+        return common | {
+            "model_type": "gpt2", "n_positions": model.block_size, "n_ctx": model.block_size,
+            "n_embd": model.n_embd, "n_layer": model.n_layer, "n_head": model.n_head,
+            "n_inner": model.n_hidden, "activation_function": "gelu_new",
+            "layer_norm_epsilon": model.norm_eps, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0, "initializer_range": 0.02,
+        }  # fmt: skip
+    rotary = common | {
+        "model_type": {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}.get(name, "nanochat"),
+        "hidden_size": model.n_embd, "intermediate_size": model.n_hidden,
+        "num_hidden_layers": model.n_layer, "num_attention_heads": model.n_head,
+        "num_key_value_heads": model.n_kv_head, "head_dim": model.head_dim,
+        "max_position_embeddings": model.block_size, "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta, "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "attention_bias": model.attention_bias, "attention_dropout": 0.0,
+        "hidden_act": "silu", "initializer_range": 0.02,
+    }  # fmt: skip
+    if name == "LlamaForCausalLM":
+        return rotary | {"mlp_bias": model.mlp_bias}
+    if name == "Qwen3ForCausalLM":
+        return rotary | {"use_sliding_window": False}
+    return rotary | {"hidden_act": "relu2", "final_logit_softcapping": model.logit_softcap}

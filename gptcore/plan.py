@@ -1,0 +1,233 @@
+"""Every number that follows from a spec, derived once: by the API, the command line, the trainer.
+
+Pure, quick and without tensors. What cannot run is refused here, with the numbers and a way out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from gptcore.dataset import VOCAB_SIZES, tokenizer_of
+from gptcore.native import native_class
+from gptcore.spec import ModelSpec, Problem, SpecError, TrainSpec
+
+# dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name found in the device's wins
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+CPU_MICRO_BATCH_TOKENS = 8192
+GPU_MICRO_BATCH_TOKENS = 65_536
+
+
+class Hardware(BaseModel):
+    """What one slot of a node offers."""
+
+    model_config = ConfigDict(frozen=True)
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    device_name: str = "cpu"
+    ranks: int = 1  # GPUs of the slot, or CPU cores
+    memory_bytes: int | None = None  # of one GPU, or of the machine; null: unknown
+
+
+class Parameters(BaseModel):
+    """Parameter counts. `exported` has no vocabulary padding; `matmul` is what FLOPs are spent on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    exported: int
+    trained: int
+    matmul: int
+    hidden_matrices: int  # 2-D weights inside the blocks: Muon's share
+
+
+class Plan(BaseModel):
+    """What a train spec comes to on given hardware."""
+
+    model_config = ConfigDict(frozen=True)
+
+    device: Literal["cpu", "cuda"]
+    world_size: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    tokens_per_step: int
+    total_steps: int
+    total_tokens: int
+    parameters: int
+    parameters_trained: int
+    matmul_parameters: int
+    flops_per_token: int  # full attention, forward and backward
+    flops_per_token_causal: int
+    total_flops: float
+    checkpoint_bytes: int
+    peak_memory_bytes: int  # a rank's, estimated
+    native_class: str | None
+    not_exportable_because: str
+    warnings: list[str]
+
+
+def resolve(spec: TrainSpec, datasets: Path) -> TrainSpec:
+    """The spec with `vocab_size` filled from its dataset. Raises SpecError where they do not fit."""
+    tokenizer = tokenizer_of(datasets, spec.data.dataset)
+    needed = VOCAB_SIZES[tokenizer]
+    vocab_size = spec.model.vocab_size or needed
+    if vocab_size < needed:
+        message = (
+            f"vocab_size {vocab_size} is too small: dataset {spec.data.dataset} uses the tokenizer "
+            f"{tokenizer} of {needed} tokens; set {needed} or leave vocab_size out"
+        )
+        raise SpecError([Problem(pointer="/model/vocab_size", message=message)])
+    model = spec.model.model_copy(update={"vocab_size": vocab_size})
+    return spec.model_copy(update={"model": model})
+
+
+def count_parameters(model: ModelSpec) -> Parameters:
+    """Counts held to the real model's by a test."""
+    assert model.vocab_size is not None
+    d, f, kv = model.n_embd, model.n_hidden, model.n_kv_head * model.head_dim
+    q = model.n_head * model.head_dim
+    hidden = d * (q + 2 * kv) + q * d + (3 if model.mlp == "swiglu" else 2) * d * f
+    per_norm = {"layernorm": 2 * d, "rmsnorm": d, "rmsnorm_plain": 0}[model.norm]
+    vectors = 2 * per_norm
+    vectors += (q + 2 * kv + d) if model.attention_bias else 0
+    vectors += (f * (2 if model.mlp == "swiglu" else 1) + d) if model.mlp_bias else 0
+    vectors += 2 * model.head_dim if model.qk_norm and model.norm != "rmsnorm_plain" else 0
+    outer = per_norm if model.norm_placement == "pre" else 0  # the last norm
+    outer += per_norm if model.embed_norm else 0
+    outer += model.block_size * d if model.position == "learned" else 0
+    tables = 1 if model.tie_embeddings else 2
+    inner = model.n_layer * (hidden + vectors) + outer
+    return Parameters(
+        exported=inner + tables * model.vocab_size * d,
+        trained=inner + tables * model.padded_vocab_size * d,
+        matmul=model.n_layer * hidden + model.padded_vocab_size * d,
+        hidden_matrices=model.n_layer * hidden,
+    )
+
+
+def flops_per_token(model: ModelSpec, matmul_parameters: int, causal: bool) -> int:
+    """Forward and backward: 6 N + 12 L H hd T, attention halved where only the causal part counts."""
+    attention = 12 * model.n_layer * model.n_head * model.head_dim * model.block_size
+    return 6 * matmul_parameters + (attention // 2 if causal else attention)
+
+
+def plan(spec: TrainSpec, hardware: Hardware) -> Plan:
+    """Derive every number of a resolved spec. Raises SpecError with all that is impossible."""
+    model, world_size = spec.model, spec.world_size
+    problems = _capacity_problems(spec, hardware)
+    micro_batch_size, problem = _micro_batch_size(spec, hardware)
+    problems += [problem] if problem else []
+    if problems:
+        raise SpecError(problems)
+    counts = count_parameters(model)
+    name, reason = native_class(model)
+    flops = flops_per_token(model, counts.matmul, causal=False)
+    total_tokens = spec.max_steps * spec.tokens_per_step
+    peak = peak_memory_bytes(spec, micro_batch_size)
+    planned = Plan(
+        device=hardware.device,
+        world_size=world_size,
+        micro_batch_size=micro_batch_size,
+        grad_accum_steps=spec.tokens_per_step // (micro_batch_size * model.block_size * world_size),
+        tokens_per_step=spec.tokens_per_step,
+        total_steps=spec.max_steps,
+        total_tokens=total_tokens,
+        parameters=counts.exported,
+        parameters_trained=counts.trained,
+        matmul_parameters=counts.matmul,
+        flops_per_token=flops,
+        flops_per_token_causal=flops_per_token(model, counts.matmul, causal=True),
+        total_flops=float(flops) * total_tokens,
+        checkpoint_bytes=_checkpoint_bytes(spec, counts),
+        peak_memory_bytes=peak,
+        native_class=name,
+        not_exportable_because=reason,
+        warnings=_warnings(spec, reason),
+    )
+    if hardware.memory_bytes is not None and peak > hardware.memory_bytes:
+        message = (
+            f"micro_batch_size {micro_batch_size} needs about {peak / 2**30:.1f} GiB a rank; "
+            f"{hardware.device_name} has {hardware.memory_bytes / 2**30:.1f} GiB; "
+            f'use a smaller micro_batch_size or "auto", block_size, or model'
+        )
+        raise SpecError([Problem(pointer="/micro_batch_size", message=message)])
+    return planned
+
+
+def _capacity_problems(spec: TrainSpec, hardware: Hardware) -> list[Problem]:
+    asked, problems = spec.resources, []
+    if asked.device != "auto" and asked.device != hardware.device:
+        message = f"device {asked.device} is not what pool {asked.pool} has; use {hardware.device} or auto"
+        problems.append(Problem(pointer="/resources/device", message=message))
+    if asked.ranks_per_node > hardware.ranks:
+        what = "GPUs" if hardware.device == "cuda" else "CPU cores"
+        message = (
+            f"ranks_per_node {asked.ranks_per_node} is more than the largest slot of pool "
+            f"{asked.pool} holds: {hardware.ranks} {what}; use {hardware.ranks} or fewer"
+        )
+        problems.append(Problem(pointer="/resources/ranks_per_node", message=message))
+    return problems
+
+
+def _micro_batch_size(spec: TrainSpec, hardware: Hardware) -> tuple[int, Problem | None]:
+    """The micro-batch asked for, or the largest divisor of a rank's share that fits."""
+    block_size, world_size = spec.model.block_size, spec.world_size
+    asked = 1 if spec.micro_batch_size == "auto" else spec.micro_batch_size
+    unit = asked * block_size * world_size
+    if spec.tokens_per_step % unit:
+        below = spec.tokens_per_step // unit * unit
+        factors = f"block_size {block_size} × ranks {world_size} = {unit}"
+        if spec.micro_batch_size != "auto":
+            factors = f"micro_batch_size {asked} × {factors}"
+        near = " or ".join(str(n) for n in (below, below + unit) if n)
+        message = f"tokens_per_step {spec.tokens_per_step} is not a multiple of {factors}; use {near}"
+        return asked, Problem(pointer="/tokens_per_step", message=message)
+    if spec.micro_batch_size != "auto":
+        return asked, None
+    sequences = spec.tokens_per_step // unit
+    cap = GPU_MICRO_BATCH_TOKENS if hardware.device == "cuda" else CPU_MICRO_BATCH_TOKENS
+    for size in (n for n in range(sequences, 0, -1) if sequences % n == 0):
+        fits = hardware.memory_bytes is None or peak_memory_bytes(spec, size) < 0.9 * hardware.memory_bytes
+        if size * block_size <= cap and fits:
+            return size, None
+    return 1, None
+
+
+def peak_memory_bytes(spec: TrainSpec, micro_batch_size: int) -> int:
+    """A rank's peak, estimated: weights, gradients, optimiser state, activations, one logits chunk."""
+    model = spec.model
+    counts = count_parameters(model)
+    state_bytes = 4 + 4 + (8 if spec.optim.name == "adamw" else 4)
+    width = 4 if spec.precision == "fp32" else 2
+    gated = 3 if model.mlp == "swiglu" else 2
+    attention = 2 * model.n_embd + 2 * (model.n_head + model.n_kv_head) * model.head_dim
+    per_layer = attention + 2 * model.n_embd + gated * model.n_hidden
+    layers = 2 if spec.activation_checkpointing else model.n_layer
+    per_token = width * (layers * per_layer + model.n_layer * model.n_embd) + 4 * 2 * model.n_embd
+    tokens = micro_batch_size * model.block_size
+    logits = min(tokens, 4096) * model.padded_vocab_size * 8
+    return counts.trained * (state_bytes + (width if width == 2 else 0)) + tokens * per_token + logits
+
+
+def _checkpoint_bytes(spec: TrainSpec, counts: Parameters) -> int:
+    """Float32 weights and moments: two an AdamW parameter, one a Muon parameter."""
+    muon = counts.hidden_matrices if spec.optim.name == "muon" else 0
+    return 4 * (3 * (counts.trained - muon) + 2 * muon)
+
+
+def _warnings(spec: TrainSpec, not_exportable_because: str) -> list[str]:
+    found = []
+    if not_exportable_because:
+        found.append(f"no stock transformers class holds this model, so it cannot be exported: {not_exportable_because}")
+    if spec.optim.warmup_steps >= spec.max_steps:
+        found.append(f"warmup_steps {spec.optim.warmup_steps} never ends within max_steps {spec.max_steps}")
+    if spec.evaluate.every_steps > spec.max_steps:
+        found.append("evaluation happens only once, at the end")
+    return found
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of a device by its name, FLOP/s; None where it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)

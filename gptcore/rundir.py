@@ -1,0 +1,106 @@
+"""Names inside TRAINMASTER_HOME and inside a run directory: the interface of worker and trainer."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptcore.events import read_events
+
+
+def home() -> Path:
+    """Where all state lives: `TRAINMASTER_HOME`, else `~/.trainmaster`."""
+    return Path(os.environ.get("TRAINMASTER_HOME") or "~/.trainmaster").expanduser().absolute()
+
+
+def runs_root() -> Path:
+    return home() / "runs"
+
+
+def datasets_root() -> Path:
+    return home() / "datasets"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The folder of one attempt at a job: `attempts/0003/`."""
+
+    number: int
+    path: Path
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def stop(self) -> Path:
+        """Holds "pause" or "cancel" once the attempt is to end."""
+        return self.path / "stop"
+
+    @property
+    def lock(self) -> Path:
+        """Held shared by the launcher and every rank; taken exclusively to prove that none lives."""
+        return self.path / "lock"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """`RUNS/{job}/`."""
+
+    path: Path
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "spec.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def attempt(self, number: int) -> Attempt:
+        return Attempt(number, self.path / "attempts" / f"{number:04d}")
+
+    def attempts(self) -> list[Attempt]:
+        """All attempts made, oldest first."""
+        folder = self.path / "attempts"
+        names = os.listdir(folder) if folder.is_dir() else []
+        return [self.attempt(int(n)) for n in sorted(names) if re.fullmatch(r"\d{4,}", n)]
+
+    def claim_attempt(self, at_least: int = 1) -> Attempt:
+        """A new attempt's folder. mkdir decides between two that claim at once."""
+        number = max([at_least - 1, *(a.number for a in self.attempts())]) + 1
+        while True:
+            attempt = self.attempt(number)
+            try:
+                attempt.path.mkdir(parents=True)
+                return attempt
+            except FileExistsError:
+                number += 1
+
+    def events(self) -> Iterator[object]:
+        """Every event of every attempt, in order."""
+        for attempt in self.attempts():
+            if attempt.events.exists():
+                yield from read_events(attempt.events)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside `path`, sync and rename: a reader sees the old text or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

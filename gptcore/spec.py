@@ -1,0 +1,373 @@
+"""The job spec: request body, `spec.json` of a run, argument of the model, part of a checkpoint.
+
+One definition for all four, so nobody translates. Everything here is frozen and refuses unknown
+fields. A preset is expanded while a spec is read: what is stored and shown is always explicit.
+Numbers that follow from a spec are derived in `gptcore.plan`, never here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from gptcore.presets import PRESETS, closest
+
+VOCAB_MULTIPLE = 128  # training pads the vocabulary to this; the export cuts it off again
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Label = Annotated[str, Field(min_length=1, max_length=200)]
+LabelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$")]
+
+
+class Problem(BaseModel):
+    """One thing wrong with a spec. `pointer` is a JSON pointer (RFC 6901) into the request body."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pointer: str
+    message: str
+
+
+class SpecError(ValueError):
+    """A spec that cannot run, with every problem found and the way out of each."""
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = problems
+        super().__init__("; ".join(f"{p.pointer or '/'}: {p.message}" for p in problems))
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSpec(Spec):
+    """The shape of a GPT. Defaults are the `llama` family's; a preset fills in all that is absent."""
+
+    preset: str | None = Field(None, description="where the unset fields come from: GET /presets")
+    vocab_size: int | None = Field(
+        None, ge=2, le=1_000_000, description="tokens; unset: the dataset's tokenizer's"
+    )
+    block_size: int = Field(1024, ge=8, le=131_072, description="context length in tokens")
+    n_layer: int = Field(ge=1, le=512)
+    n_head: int = Field(ge=1, le=512, description="query heads")
+    n_kv_head: int = Field(ge=1, le=512, description="key/value heads; n_head must be a multiple")
+    n_embd: int = Field(ge=8, le=65_536)
+    head_dim: int = Field(ge=2, le=1024)
+    n_hidden: int = Field(ge=8, le=262_144, description="width of the MLP")
+    mlp: Literal["gelu", "swiglu", "relu2"] = "swiglu"
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm_plain"] = Field(
+        "rmsnorm", description="rmsnorm_plain has no gain"
+    )
+    norm_eps: float = Field(1e-5, gt=0, lt=1)
+    norm_placement: Literal["pre", "post"] = Field("pre", description="norm before or after the residual sum")
+    position: Literal["learned", "rope", "none"] = "rope"
+    rope_theta: float = Field(10_000.0, gt=1)
+    rope_direction: Literal["forward", "backward"] = Field(
+        "forward", description="sense of rotation: nanochat's classes turn backward"
+    )
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    embed_norm: bool = False
+    logit_softcap: float | None = Field(None, gt=0)
+    tie_embeddings: bool = True
+    init: Literal["gpt2", "fan_in"] = Field(
+        "gpt2", description="gpt2: N(0, 0.02); fan_in: 1/sqrt(inputs), zero output projections"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        preset = given.get("preset")
+        fields = dict(given)
+        if preset is not None:
+            if not isinstance(preset, str) or preset not in PRESETS:
+                raise ValueError(f"preset {preset!r} is unknown; {closest(str(preset), PRESETS)}")
+            fields = _drop_derived(PRESETS[preset], given) | fields
+        return _fill_derived(fields)
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> ModelSpec:
+        if self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; "
+                f"set n_kv_head to a divisor of {self.n_head} (n_kv_head {self.n_head} is plain attention)"
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs, so it must be even")
+        return self
+
+    @property
+    def padded_vocab_size(self) -> int:
+        assert self.vocab_size is not None, "vocab_size is resolved from the dataset first"
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _drop_derived(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset without the widths that must follow a width the user changed."""
+    fields = dict(preset)
+    if given.keys() & {"n_embd", "n_head"}:
+        fields.pop("head_dim", None)
+    if given.keys() & {"n_embd", "mlp"}:
+        fields.pop("n_hidden", None)
+    if "n_head" in given and "n_kv_head" not in given:
+        # keep the preset's ratio of query to key/value heads where it fits, else plain attention
+        ratio = preset["n_head"] // preset["n_kv_head"]
+        n_head = given["n_head"]
+        fits = isinstance(n_head, int) and n_head % ratio == 0
+        fields["n_kv_head"] = n_head // ratio if fits else n_head
+    return fields
+
+
+def _fill_derived(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fill n_kv_head, head_dim and n_hidden where they follow from other fields."""
+    n_embd, n_head = fields.get("n_embd"), fields.get("n_head")
+    if not (isinstance(n_embd, int) and isinstance(n_head, int) and n_embd > 0 and n_head > 0):
+        return fields  # the field checks will say so
+    fields.setdefault("n_kv_head", n_head)
+    if "head_dim" not in fields:
+        if n_embd % n_head:
+            divisors = [h for h in range(1, n_embd + 1) if n_embd % h == 0]
+            near = sorted(divisors, key=lambda h: abs(h - n_head))[:3]
+            raise ValueError(
+                f"n_embd {n_embd} is not divisible by n_head {n_head}; "
+                f"use n_head {', '.join(map(str, sorted(near)))}, or set head_dim"
+            )
+        fields["head_dim"] = n_embd // n_head
+    if "n_hidden" not in fields:
+        swiglu = fields.get("mlp", "swiglu") == "swiglu"
+        # 8/3 n_embd keeps a gated MLP's parameters at those of a plain one of 4 n_embd
+        fields["n_hidden"] = -(-(8 * n_embd // 3) // 256) * 256 if swiglu else 4 * n_embd
+    return fields
+
+
+class DataSpec(Spec):
+    dataset: Name = Field(description="a prepared dataset or a built-in one: GET /datasets")
+
+
+class OptimSpec(Spec):
+    """AdamW for all, or Muon for the hidden matrices and AdamW for the rest.
+
+    A group's learning rate is its peak; the schedule multiplies all groups alike.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(gt=0, lt=10, description="peak learning rate of AdamW")
+    min_lr: float = Field(0.0, ge=0, description="where the schedule ends, on lr's scale")
+    warmup_steps: int = Field(0, ge=0)
+    warmup_from: float = Field(0.0, ge=0, le=1, description="share of lr at step 0")
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    cooldown_fraction: float = Field(0.2, gt=0, le=1, description="wsd: last share of the steps")
+    weight_decay: float = Field(0.1, ge=0)
+    grad_clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    embed_lr: float | None = Field(None, gt=0, description="of token and position tables; unset: lr")
+    head_lr: float | None = Field(None, gt=0, description="of an untied output matrix; unset: lr")
+    muon_lr: float = Field(0.02, gt=0, description="muon: of the hidden matrices")
+    muon_weight_decay: float = Field(0.0, ge=0)
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    muon_momentum_warmup_steps: int = Field(300, ge=0, description="from 0.85 up to muon_momentum")
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimSpec:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; set min_lr at or below lr")
+        return self
+
+
+class EvaluateSpec(Spec):
+    every_steps: int = Field(250, ge=1)
+    eval_tokens: int = Field(10_485_760, ge=1, description="the same validation tokens each time")
+    hellaswag: None = Field(None, description="reserved; must be null")
+
+
+class CheckpointSpec(Spec):
+    every_steps: int = Field(1000, ge=1)
+    keep: int = Field(2, ge=1, description="newest ones kept, beside the best")
+
+
+class SampleSpec(Spec):
+    every_steps: int = Field(1000, ge=1)
+    prompt: str = Field("", max_length=10_000)
+    max_tokens: int = Field(128, ge=1, le=4096)
+    temperature: float = Field(0.8, ge=0)
+
+
+class InitSpec(Spec):
+    """Where the first weights come from."""
+
+    source: str = Field(min_length=1, max_length=500, description="a job id or a Hub folder in the runs root")
+    optimizer: bool = Field(False, description="also its optimiser state and counters: extends the run")
+
+
+class ResourcesSpec(Spec):
+    pool: Name = "default"
+    nodes: int = Field(1, ge=1, le=1024)
+    ranks_per_node: int = Field(1, ge=1, le=1024, description="processes a node, one a GPU")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_duration_seconds: float | None = Field(None, gt=0, description="ends the run with a checkpoint")
+    priority: int = Field(0, ge=-100, le=100)
+
+
+class JobBase(Spec):
+    name: Name
+    labels: dict[LabelKey, Label] = Field(default_factory=dict, max_length=32)
+    resources: ResourcesSpec = ResourcesSpec()
+
+
+class TrainSpec(JobBase):
+    kind: Literal["train"] = "train"
+    model: ModelSpec
+    data: DataSpec
+    optim: OptimSpec
+    max_steps: int = Field(ge=1, le=100_000_000, description="optimiser updates")
+    tokens_per_step: int = Field(ge=8, description="tokens of one update, over all ranks")
+    micro_batch_size: int | Literal["auto"] = Field(
+        "auto", description="sequences per rank per forward pass"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+    activation_checkpointing: bool = False
+    seed: int = Field(1337, ge=0, lt=2**63)
+    evaluate: EvaluateSpec = EvaluateSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    sample: SampleSpec | None = None
+    init_from: InitSpec | None = None
+    profile_steps: tuple[int, int] | None = Field(None, description="first and last step traced")
+    publish: None = Field(None, description="reserved; must be null")
+
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f'micro_batch_size {value} is not positive; use 1 or more, or "auto"')
+        return value
+
+    @property
+    def world_size(self) -> int:
+        return self.resources.nodes * self.resources.ranks_per_node
+
+
+class SourceSpec(Spec):
+    """Where a dataset's text comes from. Paths stay inside the datasets root's `sources/`."""
+
+    format: Literal["text", "jsonl", "parquet", "hub", "shards"]
+    path: str | None = Field(None, max_length=500, description="file or folder, relative")
+    repo: str | None = Field(None, max_length=200, description="hub: dataset name, owner/name")
+    config: str | None = Field(None, max_length=200, description="hub: configuration, sample-10BT")
+    split: str = Field("train", max_length=100)
+    field: str = Field("text", max_length=100, description="jsonl, parquet, hub: the text's column")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceSpec:
+        needed, other = ("repo", "path") if self.format == "hub" else ("path", "repo")
+        if getattr(self, needed) is None or getattr(self, other) is not None:
+            raise ValueError(f'format "{self.format}" takes {needed} and not {other}')
+        if self.path is not None and (Path(self.path).is_absolute() or ".." in Path(self.path).parts):
+            raise ValueError(f"path {self.path!r} leaves the datasets root's sources folder; use a relative path")
+        return self
+
+
+class PrepareSpec(JobBase):
+    """Text to token shards: `datasets/{dataset}/` with a `dataset.json`."""
+
+    kind: Literal["prepare"]
+    dataset: Name
+    source: SourceSpec
+    tokenizer: Literal["bytes", "gpt2"] = "gpt2"
+    val_fraction: float = Field(0.01, gt=0, lt=1, description="share of documents held out")
+    max_tokens: int | None = Field(None, ge=1)
+    shard_tokens: int = Field(100_000_000, ge=1024)
+
+
+JobSpec = Annotated[TrainSpec | PrepareSpec, Field(discriminator="kind")]
+_JOB_SPEC: TypeAdapter[TrainSpec | PrepareSpec] = TypeAdapter(JobSpec)
+KINDS = ("train", "prepare")
+
+
+def parse_spec(data: object) -> TrainSpec | PrepareSpec:
+    """A spec from decoded JSON. Raises SpecError naming each field, its value and the way out."""
+    if isinstance(data, Mapping) and "kind" not in data:
+        raise SpecError([Problem(pointer="/kind", message=f"is missing; use one of {', '.join(KINDS)}")])
+    try:
+        return _JOB_SPEC.validate_python(data)
+    except ValidationError as error:
+        raise SpecError(problems_of(error.errors(include_url=False))) from error
+
+
+def read_spec(path: Path) -> TrainSpec | PrepareSpec:
+    """A spec from a JSON file. Raises SpecError, also for text that is not JSON."""
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise SpecError([Problem(pointer="", message=f"{path} is not JSON: {error}")]) from error
+    return parse_spec(data)
+
+
+def problems_of(errors: list[Any], root: tuple[str, ...] = ()) -> list[Problem]:
+    """Pydantic's errors as problems: JSON pointer, the value, what would be right.
+
+    `root` is the prefix a framework puts before the location ("body" in FastAPI).
+    """
+    problems = []
+    for error in errors:
+        path = list(error["loc"])
+        if tuple(path[: len(root)]) == root:
+            path = path[len(root) :]
+        if path and path[0] in KINDS:  # the discriminator's own level is not in the document
+            path = path[1:]
+        path = [p for p in path if not (isinstance(p, str) and re.match(r"^(literal|function)\W|^(int|bool|str|float)$", p))]
+        if error["type"] == "value_error":  # a check of several fields says first which one to change
+            first = str(error["ctx"]["error"]).split(" ")[0]
+            path = path if path and path[-1] == first else [*path, *([first] if first in _all_fields() else [])]
+        pointer = "".join("/" + str(p).replace("~", "~0").replace("/", "~1") for p in path)
+        problems.append(Problem(pointer=pointer, message=_say(error, path)))
+    return list(dict.fromkeys(problems))
+
+
+def _say(error: Any, path: list[Any]) -> str:
+    field = str(path[-1]) if path else "the body"
+    match error["type"]:
+        case "missing":
+            return f"{field} is missing; it is required"
+        case "extra_forbidden":
+            return f"{field} is no field here; {closest(field, _all_fields())}"
+        case "union_tag_invalid":
+            return f"kind {error['ctx']['tag']!r} is unknown; use one of {', '.join(KINDS)}"
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case _:
+            return f"{field} {_short(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _all_fields() -> list[str]:
+    """Every field name of every spec, for suggestions."""
+    found: dict[str, None] = {}
+    waiting: list[type[BaseModel]] = [Spec]
+    while waiting:
+        spec = waiting.pop()
+        found |= dict.fromkeys(spec.model_fields)
+        waiting += spec.__subclasses__()
+    return list(found)

@@ -1,0 +1,83 @@
+"""Text to tokens and back: bytes, or GPT-2's BPE. No network; the ranks are in the package."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+GPT2_RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
+# the hash tiktoken itself demands of these ranks
+GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+GPT2_EOT = 50256
+# how GPT-2 parts a text before it merges bytes (Radford et al. 2019)
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+class Tokenizer(Protocol):
+    name: str
+    vocab_size: int
+    eot: int  # stands before every document
+
+    def encode(self, text: str) -> np.ndarray:
+        """Tokens (n,) uint16 of a document, without its `eot`."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text; bytes that are no UTF-8 become U+FFFD."""
+
+
+class ByteTokenizer:
+    """A token a byte. Documents are parted by byte 0, which text does not hold."""
+
+    name = "bytes"
+    vocab_size = 256
+    eot = 0
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.uint16)
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode("utf-8", "replace")
+
+
+class GPT2Tokenizer:
+    """GPT-2's BPE through tiktoken; text that spells a special token is only text."""
+
+    name = "gpt2"
+    vocab_size = 50257
+    eot = GPT2_EOT
+
+    def __init__(self) -> None:
+        import tiktoken
+
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks=gpt2_ranks(),
+            special_tokens={"<|endoftext|>": GPT2_EOT},
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._encoding.decode(tokens)
+
+
+def gpt2_ranks() -> dict[bytes, int]:
+    """GPT-2's 50,256 byte sequences by rank. Raises ValueError where the file was changed."""
+    data = GPT2_RANKS.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != GPT2_RANKS_SHA256:
+        raise ValueError(f"{GPT2_RANKS} is damaged: sha256 {found}, wanted {GPT2_RANKS_SHA256}; reinstall")
+    return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
+
+
+@cache
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called "bytes" or "gpt2"."""
+    return {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}[name]()
