@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gptcore.plan import LOSS_CHUNK_ELEMENTS
 from gptcore.spec import ModelSpec
 
-# Rows of logits that exist at once while the loss is computed (see `chunked_cross_entropy`).
-LOSS_CHUNK_TOKENS = 4096
+IGNORED = -100  # a target that counts for nothing: padding of a last, partial batch
 
 
 def norm_layer(spec: ModelSpec, width: int) -> nn.Module:
@@ -199,19 +199,19 @@ class GPT(nn.Module):
 
 
 def chunked_cross_entropy(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
-    """hidden (N, C), targets (N,) → mean loss () float32, never holding (N, V) logits in float32.
+    """hidden (N, C), targets (N,) → mean loss () float32 over the targets that are not IGNORED.
 
-    Each chunk's logits are made again in the backward pass: V is often 50 times C, so they are the
-    largest tensors of a step by far.
+    Never holds (N, V) logits whole: V is often 50 times C, so they would be the largest tensors of
+    a step by far. Each chunk's logits are made again in the backward pass.
     """
-    N = targets.numel()
-    if N <= LOSS_CHUNK_TOKENS:
-        return F.cross_entropy(model.head(hidden), targets)
+    rows = max(1, LOSS_CHUNK_ELEMENTS // model.spec.padded_vocab_size)
+    if targets.numel() <= rows:
+        return F.cross_entropy(model.head(hidden), targets, ignore_index=IGNORED)
 
-    def chunk_loss(rows: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(model.head(rows), wanted, reduction="sum")
+    def chunk_loss(part: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(model.head(part), wanted, ignore_index=IGNORED, reduction="sum")
 
     total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, wanted in zip(hidden.split(LOSS_CHUNK_TOKENS), targets.split(LOSS_CHUNK_TOKENS), strict=True):
-        total = total + checkpoint(chunk_loss, rows, wanted, use_reentrant=False)
-    return total / N
+    for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+        total = total + checkpoint(chunk_loss, part, wanted, use_reentrant=False)
+    return total / (targets != IGNORED).sum()

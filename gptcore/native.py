@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from gptcore.spec import ModelSpec
@@ -64,9 +65,8 @@ def _shape_limits(name: str, model: ModelSpec) -> list[str]:
 
 
 def _show(value: object) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, f'"{value}"') if not isinstance(
-        value, (int, float)
-    ) or isinstance(value, bool) else f"{value:g}"
+    """As JSON spells it, which is how the user wrote it."""
+    return json.dumps(value)
 
 
 def native_config(model: ModelSpec, tokenizer: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from gptcore.spec import ModelSpec, Problem, SpecError, TrainSpec
 # dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name found in the device's wins
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}
 
+# float32 logits that exist at once while the loss is computed: 512 MiB
+LOSS_CHUNK_ELEMENTS = 2**27
 CPU_MICRO_BATCH_TOKENS = 8192
 GPU_MICRO_BATCH_TOKENS = 65_536
 
@@ -207,7 +209,7 @@ def peak_memory_bytes(spec: TrainSpec, micro_batch_size: int) -> int:
     layers = 2 if spec.activation_checkpointing else model.n_layer
     per_token = width * (layers * per_layer + model.n_layer * model.n_embd) + 4 * 2 * model.n_embd
     tokens = micro_batch_size * model.block_size
-    logits = min(tokens, 4096) * model.padded_vocab_size * 8
+    logits = min(tokens * model.padded_vocab_size, LOSS_CHUNK_ELEMENTS) * 8
     return counts.trained * (state_bytes + (width if width == 2 else 0)) + tokens * per_token + logits
 
 
@@ -220,7 +222,9 @@ def _checkpoint_bytes(spec: TrainSpec, counts: Parameters) -> int:
 def _warnings(spec: TrainSpec, not_exportable_because: str) -> list[str]:
     found = []
     if not_exportable_because:
-        found.append(f"no stock transformers class holds this model, so it cannot be exported: {not_exportable_because}")
+        found.append(
+            f"no stock transformers class holds this model, so it cannot be exported: {not_exportable_because}"
+        )
     if spec.optim.warmup_steps >= spec.max_steps:
         found.append(f"warmup_steps {spec.optim.warmup_steps} never ends within max_steps {spec.max_steps}")
     if spec.evaluate.every_steps > spec.max_steps:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +73,8 @@ class RunDir:
     def attempts(self) -> list[Attempt]:
         """All attempts made, oldest first."""
         folder = self.path / "attempts"
-        names = os.listdir(folder) if folder.is_dir() else []
-        return [self.attempt(int(n)) for n in sorted(names) if re.fullmatch(r"\d{4,}", n)]
+        names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        return [self.attempt(number) for number in sorted(int(n) for n in names if n.isdecimal())]
 
     def claim_attempt(self, at_least: int = 1) -> Attempt:
         """A new attempt's folder. mkdir decides between two that claim at once."""

@@ -57,9 +57,7 @@ class ModelSpec(Spec):
     """The shape of a GPT. Defaults are the `llama` family's; a preset fills in all that is absent."""
 
     preset: str | None = Field(None, description="where the unset fields come from: GET /presets")
-    vocab_size: int | None = Field(
-        None, ge=2, le=1_000_000, description="tokens; unset: the dataset's tokenizer's"
-    )
+    vocab_size: int | None = Field(None, ge=2, le=1_000_000, description="tokens; unset: the dataset's tokenizer's")
     block_size: int = Field(1024, ge=8, le=131_072, description="context length in tokens")
     n_layer: int = Field(ge=1, le=512)
     n_head: int = Field(ge=1, le=512, description="query heads")
@@ -68,9 +66,7 @@ class ModelSpec(Spec):
     head_dim: int = Field(ge=2, le=1024)
     n_hidden: int = Field(ge=8, le=262_144, description="width of the MLP")
     mlp: Literal["gelu", "swiglu", "relu2"] = "swiglu"
-    norm: Literal["layernorm", "rmsnorm", "rmsnorm_plain"] = Field(
-        "rmsnorm", description="rmsnorm_plain has no gain"
-    )
+    norm: Literal["layernorm", "rmsnorm", "rmsnorm_plain"] = Field("rmsnorm", description="rmsnorm_plain has no gain")
     norm_eps: float = Field(1e-5, gt=0, lt=1)
     norm_placement: Literal["pre", "post"] = Field("pre", description="norm before or after the residual sum")
     position: Literal["learned", "rope", "none"] = "rope"
@@ -239,9 +235,7 @@ class TrainSpec(JobBase):
     optim: OptimSpec
     max_steps: int = Field(ge=1, le=100_000_000, description="optimiser updates")
     tokens_per_step: int = Field(ge=8, description="tokens of one update, over all ranks")
-    micro_batch_size: int | Literal["auto"] = Field(
-        "auto", description="sequences per rank per forward pass"
-    )
+    micro_batch_size: int | Literal["auto"] = Field("auto", description="sequences per rank per forward pass")
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     activation_checkpointing: bool = False
@@ -333,7 +327,9 @@ def problems_of(errors: list[Any], root: tuple[str, ...] = ()) -> list[Problem]:
             path = path[len(root) :]
         if path and path[0] in KINDS:  # the discriminator's own level is not in the document
             path = path[1:]
-        path = [p for p in path if not (isinstance(p, str) and re.match(r"^(literal|function)\W|^(int|bool|str|float)$", p))]
+        path = [
+            p for p in path if not (isinstance(p, str) and re.match(r"^(literal|function)\W|^(int|bool|str|float)$", p))
+        ]
         if error["type"] == "value_error":  # a check of several fields says first which one to change
             first = str(error["ctx"]["error"]).split(" ")[0]
             path = path if path and path[-1] == first else [*path, *([first] if first in _all_fields() else [])]

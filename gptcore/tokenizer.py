@@ -15,7 +15,7 @@ GPT2_RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_EOT = 50256
 # how GPT-2 parts a text before it merges bytes (Radford et al. 2019)
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
 class Tokenizer(Protocol):
@@ -29,6 +29,9 @@ class Tokenizer(Protocol):
     def decode(self, tokens: list[int]) -> str:
         """The text; bytes that are no UTF-8 become U+FFFD."""
 
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of text of each token (vocab_size,) int64; `eot` has none."""
+
 
 class ByteTokenizer:
     """A token a byte. Documents are parted by byte 0, which text does not hold."""
@@ -38,10 +41,13 @@ class ByteTokenizer:
     eot = 0
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.uint16)
+        return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint16)
 
     def decode(self, tokens: list[int]) -> str:
         return bytes(tokens).decode("utf-8", "replace")
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([0] + [1] * 255)
 
 
 class GPT2Tokenizer:
@@ -62,10 +68,16 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+        # a lone surrogate has no UTF-8 form: it becomes "?"
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, tokens: list[int]) -> str:
         return self._encoding.decode(tokens)
+
+    def token_bytes(self) -> np.ndarray:
+        by_rank = sorted((rank, len(token)) for token, rank in gpt2_ranks().items())
+        return np.array([length for _, length in by_rank] + [0])
 
 
 def gpt2_ranks() -> dict[bytes, int]:
@@ -80,4 +92,4 @@ def gpt2_ranks() -> dict[bytes, int]:
 @cache
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called "bytes" or "gpt2"."""
-    return {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}[name]()
+    return ByteTokenizer() if name == "bytes" else GPT2Tokenizer()

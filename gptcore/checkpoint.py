@@ -1,0 +1,189 @@
+"""Checkpoints: `checkpoints/step-00001000-a0003/`, complete or not there.
+
+Written beside the final name, synced and renamed, by a thread while training goes on. Weights and
+optimiser state are safetensors, the rest JSON: loading one runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gptcore.rundir import RunDir, write_atomically
+from gptcore.spec import TrainSpec
+from gptcore.state import TrainState
+
+_NAME = re.compile(r"step-(\d{8,})-a(\d{4,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    attempt: int
+
+    def meta(self) -> dict[str, Any]:
+        meta: dict[str, Any] = json.loads((self.path / "state.json").read_text())
+        return meta
+
+    def state(self) -> TrainState:
+        return TrainState.model_validate(self.meta()["state"])
+
+    def weights(self) -> dict[str, Tensor]:
+        return load_file(self.path / "model.safetensors")
+
+    def optimizer(self) -> dict[str, Tensor]:
+        return load_file(self.path / "optimizer.safetensors")
+
+
+def list_checkpoints(run: RunDir) -> list[Checkpoint]:
+    """Complete ones, oldest first: by step, then attempt. Folders of sizes other than noted are passed over."""
+    found = []
+    for path in run.checkpoints.glob("step-*") if run.checkpoints.is_dir() else []:
+        match = _NAME.fullmatch(path.name)
+        if match and _complete(path):
+            found.append(Checkpoint(path, int(match[1]), int(match[2])))
+    return sorted(found, key=lambda c: (c.attempt, c.step))
+
+
+def _complete(path: Path) -> bool:
+    try:
+        sizes = json.loads((path / "state.json").read_text())["sizes"]
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of a save: `error` is None where the checkpoint stands."""
+
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+    error: OSError | None
+
+
+class Saver:
+    """Saves in the background on rank 0, one at a time; keeps the newest ones and the best."""
+
+    def __init__(self, run: RunDir, spec: TrainSpec, attempt: int, on_saved: Callable[[Saved], None]):
+        self._run, self._spec, self._attempt = run, spec, attempt
+        self._on_saved = on_saved
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._running: Future[Saved] | None = None
+
+    def save(
+        self,
+        state: TrainState,
+        weights: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        extra: dict[str, Any],
+    ) -> None:
+        """Take a copy of everything now, write it while training goes on."""
+        self.wait()
+        meta = {"state": state.model_dump(), "spec": self._spec.model_dump(mode="json"), **extra}
+        copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in weights.items()}
+        moments = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in optimizer.items()}
+        self._running = self._pool.submit(self._write, state.step, meta, copies, moments, state.best_step)
+
+    def poll(self) -> None:
+        """Report a save that has ended."""
+        if self._running is not None and self._running.done():
+            self.wait()
+
+    def wait(self) -> Saved | None:
+        """Wait for the save under way, if any, and report it."""
+        if self._running is None:
+            return None
+        saved, self._running = self._running.result(), None
+        self._on_saved(saved)
+        return saved
+
+    def amend(self, state: TrainState) -> None:
+        """Put a newer state beside the weights of the same step, once their save is done."""
+        self.wait()
+        path = self._folder(state.step) / "state.json"
+        if path.exists():
+            meta = json.loads(path.read_text()) | {"state": state.model_dump()}
+            write_atomically(path, json.dumps(meta))
+
+    def _folder(self, step: int) -> Path:
+        return self._run.checkpoints / f"step-{step:08d}-a{self._attempt:04d}"
+
+    def close(self) -> None:
+        self.wait()
+        self._pool.shutdown()
+
+    def _write(
+        self,
+        step: int,
+        meta: dict[str, Any],
+        weights: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        best: int | None,
+    ) -> Saved:
+        started = time.perf_counter()
+        final = self._folder(step)
+        beside = final.with_name(f".{final.name}.writing")
+        error, size = None, 0
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            save_file(weights, beside / "model.safetensors")
+            save_file(moments, beside / "optimizer.safetensors")
+            meta["sizes"] = {p.name: p.stat().st_size for p in sorted(beside.iterdir())}
+            (beside / "state.json").write_text(json.dumps(meta))
+            size = sum(p.stat().st_size for p in beside.iterdir())
+            for path in (*beside.iterdir(), beside):
+                _sync(path)
+            if final.exists():  # reached again after a rollback
+                shutil.rmtree(final)
+            beside.rename(final)
+            _sync(final.parent)
+            self._retire(best)
+        except OSError as problem:
+            shutil.rmtree(beside, ignore_errors=True)
+            error = problem
+        return Saved(step, str(final.relative_to(self._run.path)), size, time.perf_counter() - started, error)
+
+    def _retire(self, best: int | None) -> None:
+        """Remove all but the newest `keep` and the best."""
+        checkpoints = list_checkpoints(self._run)
+        for old in checkpoints[: -self._spec.checkpoint.keep]:
+            if old.step != best:
+                shutil.rmtree(old.path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def best_checkpoint(run: RunDir, state: TrainState) -> Checkpoint | None:
+    """The one with the lowest validation loss; the newest of its step where attempts repeat it."""
+    of_step = [c for c in list_checkpoints(run) if c.step == state.best_step]
+    return of_step[-1] if of_step else None
+
+
+def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights by name, a tied one once."""
+    return dict(model.named_parameters())

@@ -1,0 +1,76 @@
+"""What a rank runs on, and which precision and compile mode are right for it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+from pathlib import Path
+
+import torch
+
+from gptcore.dist import Dist
+from gptcore.plan import Hardware
+from gptcore.spec import TrainSpec
+
+# Below this much work a CPU run ends sooner without compiling (about 40 s on two cores).
+CPU_COMPILE_FLOPS = 1e15
+
+
+def hardware(dist: Dist) -> Hardware:
+    """This node as `plan` wants it; the ranks that run are those that fit."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if dist.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(dist.device)
+        return Hardware(
+            device="cuda",
+            device_name=properties.name,
+            ranks=local_ranks,
+            memory_bytes=properties.total_memory,
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware(device="cpu", device_name=_cpu_name(), ranks=local_ranks, memory_bytes=memory // local_ranks)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def resolve_precision(asked: str, device: torch.device) -> str:
+    """ "auto" is bf16 where the device multiplies it natively, else fp32."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def resolve_compile(spec: TrainSpec, device: torch.device, total_flops: float) -> tuple[bool, str]:
+    """Whether to compile, and a notice for the user where that is not what the spec asked for."""
+    if spec.compile is False:
+        return False, ""
+    if not _has_compiler():
+        return False, "no C++ compiler (g++ or clang++) on the PATH: training runs eager, which is slower"
+    if spec.compile == "auto" and device.type == "cpu":
+        return total_flops > CPU_COMPILE_FLOPS, ""
+    return True, ""
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this rank has held so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

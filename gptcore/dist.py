@@ -1,0 +1,82 @@
+"""The ranks of a run: who am I, on which device, and what all of us must agree on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as c10d
+from torch import Tensor
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Dist:
+    """One rank's place in the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all ranks, on all ranks; in place."""
+        if self.world_size > 1:
+            c10d.all_reduce(tensor)
+            tensor /= self.world_size
+        return tensor
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, on all ranks; in place."""
+        if self.world_size > 1:
+            c10d.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable value, on all ranks."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        c10d.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            c10d.barrier()
+
+
+def start(device: str, threads: int | None = None) -> Dist:
+    """Join the run that torchrun's environment names; without one, a run of one rank.
+
+    device: "auto", "cpu" or "cuda". On CPU the results are made repeatable: deterministic kernels
+    and a fixed number of threads.
+    """
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+        torch.set_float32_matmul_precision("high")  # TF32 where a product is not bf16 already
+    else:
+        place = torch.device("cpu")
+        torch.use_deterministic_algorithms(True)
+        if threads:
+            torch.set_num_threads(threads)
+    if world_size > 1:
+        c10d.init_process_group("nccl" if device == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    return Dist(rank, local_rank, world_size, place)
+
+
+def close() -> None:
+    if c10d.is_initialized():
+        c10d.destroy_process_group()

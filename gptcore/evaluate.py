@@ -1,0 +1,52 @@
+"""Validation loss, always over the same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptcore.data import Windows
+from gptcore.dataset import Split
+from gptcore.dist import Dist
+from gptcore.model import IGNORED
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) → mean loss ()
+
+
+def val_windows(windows: Windows, eval_tokens: int) -> int:
+    """How many windows from the split's start are evaluated: about `eval_tokens`, at least one."""
+    return max(1, min(windows.count, eval_tokens // windows.block_size))
+
+
+def validation_loss(
+    loss_of: LossFunction, windows: Windows, eval_tokens: int, micro_batch_size: int, dist: Dist
+) -> float:
+    """Mean loss in nats a token over the first windows of the split, shared by the ranks.
+
+    All batches have one shape (the last is padded with targets that do not count), so a compiled
+    `loss_of` is never compiled again.
+    """
+    count = val_windows(windows, eval_tokens)
+    mine = np.arange(dist.rank, count, dist.world_size)
+    total = torch.zeros(2, dtype=torch.float64, device=dist.device)  # loss · windows, windows
+    for start in range(0, len(mine), micro_batch_size):
+        indices = mine[start : start + micro_batch_size]
+        tokens, targets = windows.read(indices)
+        missing = micro_batch_size - len(indices)
+        if missing:
+            tokens = torch.cat((tokens, tokens.new_zeros(missing, windows.block_size)))
+            targets = torch.cat((targets, targets.new_full((missing, windows.block_size), IGNORED)))
+        loss = loss_of(tokens.to(dist.device), targets.to(dist.device))
+        total[0] += loss.detach().double() * len(indices)
+        total[1] += len(indices)
+    loss_sum, windows_seen = dist.sum(total).tolist()
+    return float(loss_sum / windows_seen)
+
+
+def bits_per_byte(val_loss: float, split: Split) -> float:
+    """A loss that compares across tokenizers: nats a token → bits a byte of the split's text."""
+    return val_loss * split.tokens / (math.log(2) * max(1, split.bytes))

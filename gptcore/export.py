@@ -1,0 +1,167 @@
+"""The Hub folder: weights, config and tokenizer of a stock `transformers` class. No custom code.
+
+Our layers hold what the native classes hold, under other names: no weight is permuted. Padding of
+the vocabulary is cut, a tied matrix is written once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import BPE
+from torch import Tensor
+
+from gptcore.native import native_class, native_config
+from gptcore.spec import ModelSpec
+from gptcore.tokenizer import GPT2_EOT, gpt2_ranks
+
+EOT_TEXT = "<|endoftext|>"
+
+
+def export_model(
+    folder: Path,
+    spec: ModelSpec,
+    weights: dict[str, Tensor],
+    tokenizer: str,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """Write the folder whole (beside it first, then renamed); returns the native class's name."""
+    name, reason = native_class(spec)
+    assert name is not None, f"asked to export what no class holds: {reason}"
+    beside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    tensors = {k: t.to(dtype).contiguous() for k, t in native_weights(spec, weights).items()}
+    save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+    config = native_config(spec, tokenizer) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    _write_json(beside / "config.json", config)
+    eot = config["eos_token_id"]
+    _write_json(beside / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True})
+    write_tokenizer(beside, tokenizer, spec.block_size)
+    for path in beside.iterdir():
+        path.chmod(0o644)  # another user may serve or upload it
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    return name
+
+
+def native_weights(spec: ModelSpec, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors by the native class's names. weights: as in a checkpoint, float32."""
+    name, _ = native_class(spec)
+    cut = dict(weights)
+    for table in ("wte.weight", "lm_head.weight"):
+        if table in cut:
+            cut[table] = cut[table][: spec.vocab_size]
+    if spec.tie_embeddings:
+        cut.pop("lm_head.weight", None)
+    return _gpt2_weights(spec, cut) if name == "GPT2LMHeadModel" else _rotary_weights(spec, cut)
+
+
+def _gpt2_weights(spec: ModelSpec, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the `transformer.` prefix, as GPT-2's own file: MLX reads only that form.
+
+    Conv1D keeps (inputs, outputs), so every matrix is turned.
+    """
+    out = {"wte.weight": weights["wte.weight"], "wpe.weight": weights["wpe.weight"]}
+    out |= {"ln_f.weight": weights["final_norm.weight"], "ln_f.bias": weights["final_norm.bias"]}
+    if "lm_head.weight" in weights:
+        out["lm_head.weight"] = weights["lm_head.weight"]
+    for i in range(spec.n_layer):
+        ours, theirs = f"blocks.{i}.", f"h.{i}."
+        qkv = [weights[f"{ours}attn.{x}.weight"] for x in "qkv"]
+        out[f"{theirs}attn.c_attn.weight"] = torch.cat(qkv).t()
+        out[f"{theirs}attn.c_attn.bias"] = torch.cat([weights[f"{ours}attn.{x}.bias"] for x in "qkv"])
+        for a, b in (("attn.o", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
+            out[f"{theirs}{b}.weight"] = weights[f"{ours}{a}.weight"].t()
+            out[f"{theirs}{b}.bias"] = weights[f"{ours}{a}.bias"]
+        for a, b in (("attn_norm", "ln_1"), ("mlp_norm", "ln_2")):
+            out[f"{theirs}{b}.weight"] = weights[f"{ours}{a}.weight"]
+            out[f"{theirs}{b}.bias"] = weights[f"{ours}{a}.bias"]
+    return out
+
+
+_ROTARY_NAMES = {
+    "attn.q.": "self_attn.q_proj.", "attn.k.": "self_attn.k_proj.", "attn.v.": "self_attn.v_proj.",
+    "attn.o.": "self_attn.o_proj.", "attn.q_norm.": "self_attn.q_norm.", "attn.k_norm.": "self_attn.k_norm.",
+    "attn_norm.": "input_layernorm.", "mlp_norm.": "post_attention_layernorm.",
+    "mlp.gate.": "mlp.gate_proj.", "mlp.up.": "mlp.up_proj.", "mlp.down.": "mlp.down_proj.",
+}  # fmt: skip
+_NANOCHAT_NAMES = _ROTARY_NAMES | {"mlp.up.": "mlp.fc1.", "mlp.down.": "mlp.fc2."}
+_OUTER_NAMES = {
+    "wte.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}  # fmt: skip
+
+
+def _rotary_weights(spec: ModelSpec, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Llama, Qwen3 and NanoChat: one naming, but for NanoChat's MLP."""
+    inner = _NANOCHAT_NAMES if spec.mlp == "relu2" else _ROTARY_NAMES
+    out = {}
+    for name, tensor in weights.items():
+        if name in _OUTER_NAMES:
+            out[_OUTER_NAMES[name]] = tensor
+            continue
+        _, layer, rest = name.split(".", 2)
+        module = rest[: rest.rindex(".") + 1]
+        out[f"model.layers.{layer}.{inner[module]}{rest[len(module) :]}"] = tensor
+    return out
+
+
+def write_tokenizer(folder: Path, tokenizer: str, block_size: int) -> None:
+    """tokenizer.json and tokenizer_config.json: GPT-2's BPE, or 256 bytes and no merges."""
+    alphabet = byte_alphabet()
+    if tokenizer == "gpt2":
+        ranks = gpt2_ranks()
+        vocab = {"".join(alphabet[b] for b in token): rank for token, rank in ranks.items()}
+        merges = [("".join(alphabet[b] for b in left), "".join(alphabet[b] for b in right))
+                  for left, right in merges_of(ranks)]  # fmt: skip
+        vocab[EOT_TEXT] = GPT2_EOT
+    else:
+        vocab, merges = {alphabet[b]: b for b in range(256)}, []
+    fast = FastTokenizer(BPE(vocab=vocab, merges=merges))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer == "gpt2")
+    fast.decoder = decoders.ByteLevel()
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+    }
+    if tokenizer == "gpt2":
+        fast.add_special_tokens([AddedToken(EOT_TEXT, special=True)])
+        config |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+        config |= {"bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
+    fast.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte in a byte-level BPE (Radford et al. 2019)."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    stand_in = iter(range(256, 512))
+    return [chr(b) if b in kept else chr(next(stand_in)) for b in range(256)]
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges a tiktoken rank table was made by: each token's last two parts, in rank order."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            parts = [token[i : i + 1] for i in range(len(token))]
+            while len(parts) > 2:
+                joined = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
+                at = min(range(len(joined)), key=joined.__getitem__)
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,59 @@
+"""How an attempt that cannot go on says so: one `failed` event, with the rank that broke first."""
+
+from __future__ import annotations
+
+import errno
+import time
+import traceback
+
+import torch
+
+from gptcore.events import Failed, Report
+from gptcore.rundir import Attempt, write_atomically
+from gptcore.spec import SpecError
+
+# how long rank 0 waits for word from the rank whose end broke its own collective
+FIRST_WORD_SECONDS = 3.0
+_TRACEBACK_CHARACTERS = 8000
+
+
+class Diverged(RuntimeError):
+    """The guard went back as often as it may."""
+
+
+def describe(error: BaseException, rank: int) -> Failed:
+    """The event for an exception: what kind it is decides whether another attempt can help."""
+    reason, message = "crash", f"{type(error).__name__}: {error}"
+    if isinstance(error, SpecError):
+        reason, message = "user_error", str(error)
+    elif isinstance(error, Diverged):
+        reason, message = "diverged", str(error)
+    elif isinstance(error, torch.OutOfMemoryError):
+        reason = "out_of_memory"
+        message += "; use a smaller micro_batch_size, or activation_checkpointing"
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = "disk_full"
+    trace = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:]
+    return Failed.model_validate({"reason": reason, "message": message, "rank": rank, "traceback": trace})
+
+
+def report_failure(error: BaseException, rank: int, attempt: Attempt, report: Report) -> None:
+    """Rank 0 reports; another rank leaves word for it, since its own end breaks rank 0's collective."""
+    failed = describe(error, rank)
+    if rank != 0:
+        write_atomically(attempt.path / f"failed-rank-{rank}.json", failed.model_dump_json())
+        return
+    if failed.reason == "crash":
+        failed = _first_word(attempt) or failed
+    report(failed)
+
+
+def _first_word(attempt: Attempt) -> Failed | None:
+    """What another rank left, the earliest; None where rank 0 was first."""
+    deadline = time.monotonic() + FIRST_WORD_SECONDS
+    while time.monotonic() < deadline:
+        left = [Failed.model_validate_json(p.read_text()) for p in attempt.path.glob("failed-rank-*.json")]
+        if left:
+            return min(left, key=lambda failed: failed.time)
+        time.sleep(0.1)
+    return None

@@ -1,0 +1,59 @@
+"""The guard: an update that would harm the run is not applied.
+
+A loss or gradient norm that is not finite, or above mean + 6 sigma of the last 128 accepted steps
+(OLMo's rule), skips the update on all ranks. All ranks hold the same averaged numbers, so they
+decide alike without asking each other.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from gptcore.state import TrainState
+
+WINDOW = 128
+SIGMAS = 6.0
+SKIPS_BEFORE_ROLLBACK = 5
+MAX_ROLLBACKS = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why an update is refused. Limits are None while a window is not full."""
+
+    reason: str  # "non_finite" or "spike"
+    loss_limit: float | None
+    grad_norm_limit: float | None
+
+
+def judge(state: TrainState, loss: float, grad_norm: float) -> Verdict | None:
+    """None where the update may be applied. Changes nothing."""
+    loss_limit, norm_limit = limit(state.losses), limit(state.grad_norms)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        return Verdict("non_finite", loss_limit, norm_limit)
+    over_loss = loss_limit is not None and loss > loss_limit
+    over_norm = norm_limit is not None and grad_norm > norm_limit
+    return Verdict("spike", loss_limit, norm_limit) if over_loss or over_norm else None
+
+
+def limit(window: list[float]) -> float | None:
+    """mean + 6 sigma of a full window; None before."""
+    if len(window) < WINDOW:
+        return None
+    return statistics.fmean(window) + SIGMAS * statistics.pstdev(window)
+
+
+def accept(state: TrainState, loss: float, grad_norm: float) -> None:
+    """Count an applied update."""
+    state.losses = [*state.losses, loss][-WINDOW:]
+    state.grad_norms = [*state.grad_norms, grad_norm][-WINDOW:]
+    state.skipped_in_a_row = 0
+
+
+def skip(state: TrainState) -> bool:
+    """Count a refused one; True where the run must go back to its last checkpoint."""
+    state.batches_skipped += 1
+    state.skipped_in_a_row += 1
+    return state.skipped_in_a_row >= SKIPS_BEFORE_ROLLBACK

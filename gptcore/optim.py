@@ -1,0 +1,189 @@
+"""Parameter groups, the learning rate's schedule, and Muon with its work shared by the ranks."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as c10d
+from torch import Tensor, nn
+
+from gptcore.dist import Dist
+from gptcore.model import GPT
+from gptcore.spec import OptimSpec
+
+Optimizers = list[torch.optim.Optimizer]
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024
+MUON_FIRST_MOMENTUM = 0.85
+
+
+def lr_factor(step: int, optim: OptimSpec, max_steps: int) -> float:
+    """What the peak rates are multiplied with for update number `step` (from 0)."""
+    if step < optim.warmup_steps:
+        return optim.warmup_from + (1 - optim.warmup_from) * (step + 1) / optim.warmup_steps
+    floor = optim.min_lr / optim.lr
+    if optim.schedule == "constant":
+        return 1.0
+    if optim.schedule == "wsd":
+        cooldown_steps = max(1, round(optim.cooldown_fraction * max_steps))
+        left = min(1.0, (max_steps - step) / cooldown_steps)
+        return floor + (1 - floor) * left
+    done = (step - optim.warmup_steps) / max(1, max_steps - optim.warmup_steps)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_lr(optimizers: Optimizers, step: int, optim: OptimSpec, max_steps: int) -> float:
+    """Set every group's rate (and Muon's momentum) for update `step`; returns AdamW's base rate."""
+    factor = lr_factor(step, optim, max_steps)
+    warmed = min(1.0, step / max(1, optim.muon_momentum_warmup_steps))
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["lr"] = group["peak_lr"] * factor
+        if "momentum" in group:
+            group["momentum"] = MUON_FIRST_MOMENTUM + warmed * (optim.muon_momentum - MUON_FIRST_MOMENTUM)
+    return optim.lr * factor
+
+
+def parameter_groups(model: GPT, optim: OptimSpec) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """AdamW's groups and Muon's: every parameter once. Matrices decay; vectors do not."""
+    tables = {id(model.wte.weight)} | ({id(model.wpe.weight)} if model.wpe is not None else set())
+    kinds: dict[str, list[Tensor]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.dim() < 2:
+            kinds["vectors"].append(parameter)
+        elif id(parameter) in tables:
+            kinds["tables"].append(parameter)
+        elif parameter is model.lm_head.weight:
+            kinds["head"].append(parameter)
+        else:
+            kinds["hidden"].append(parameter)
+    rates = {"tables": optim.embed_lr or optim.lr, "head": optim.head_lr or optim.lr}
+    adamw = [
+        {
+            "params": parameters,
+            "peak_lr": rates.get(kind, optim.lr),
+            "weight_decay": 0.0 if kind == "vectors" else optim.weight_decay,
+        }
+        for kind, parameters in kinds.items()
+        if not (kind == "hidden" and optim.name == "muon")
+    ]
+    muon = [{"params": kinds["hidden"], "peak_lr": optim.muon_lr, "weight_decay": optim.muon_weight_decay}]
+    return adamw, muon if optim.name == "muon" else []
+
+
+def build_optimizers(model: GPT, optim: OptimSpec, dist: Dist) -> Optimizers:
+    """AdamW for all parameters, or AdamW and Muon, as the spec says."""
+    adamw, muon = parameter_groups(model, optim)
+    built: Optimizers = [
+        torch.optim.AdamW(adamw, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    ]
+    if muon:
+        built.append(Muon(muon, lr=optim.muon_lr, momentum=optim.muon_momentum, dist=dist))
+    return built
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), for the hidden matrices.
+
+    Each matrix has an owner rank that alone keeps its momentum and computes its update; the new
+    weights are then shared. Matrices of one shape are orthogonalised in one batch.
+    """
+
+    def __init__(self, params: Iterable[Any], *, lr: float, momentum: float, dist: Dist, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._dist = dist
+
+    def owner(self, index: int) -> int:
+        """The rank that updates the index-th matrix of its group."""
+        return index % self._dist.world_size
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for index, parameter in enumerate(group["params"]):
+                if self.owner(index) == self._dist.rank:
+                    by_shape[parameter.shape].append(parameter)
+            for parameters in by_shape.values():
+                self._update(parameters, group)
+            self._share(group["params"])
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        assert len(grads) == len(parameters), "a hidden matrix without a gradient"
+        buffers = [self._momentum(p) for p in parameters]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        nesterov = torch._foreach_lerp(grads, buffers, momentum)
+        updates = orthogonalise(torch.stack(nesterov)).unbind()
+        rows, columns = parameters[0].shape
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(parameters, [u.to(p.dtype) for u, p in zip(updates, parameters, strict=True)],
+                            alpha=-lr * max(1.0, rows / columns) ** 0.5)  # fmt: skip
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+    def _share(self, parameters: list[Tensor]) -> None:
+        if self._dist.world_size == 1:
+            return
+        sent = [c10d.broadcast(p.data, src=self.owner(i), async_op=True) for i, p in enumerate(parameters)]
+        for work in sent:
+            work.wait()
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """matrices (N, rows, columns) → about U Vᵀ of each, bfloat16, by five Newton–Schulz steps."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+# What is saved: tensors by parameter name, so that another number of ranks can take them up.
+
+
+def optimizer_tensors(model: nn.Module, optimizers: Optimizers, dist: Dist) -> dict[str, Tensor]:
+    """Every state tensor as "{parameter}|{state}", on rank 0; the other ranks get {}. All must call."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                state = optimizer.state[parameter]
+                if isinstance(optimizer, Muon) and dist.world_size > 1:
+                    buffer = state.get("momentum_buffer", torch.zeros_like(parameter))
+                    c10d.broadcast(buffer, src=optimizer.owner(index))
+                    state = {"momentum_buffer": buffer}
+                tensors |= {f"{names[parameter]}|{key}": value for key, value in state.items()}
+    return tensors if dist.first else {}
+
+
+def load_optimizer_tensors(model: nn.Module, optimizers: Optimizers, dist: Dist, tensors: dict[str, Tensor]) -> None:
+    """Restore what `optimizer_tensors` gave; Muon's buffers go to their owners of now."""
+    saved: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        name, _, state = key.partition("|")
+        saved[name][state] = value
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                if isinstance(optimizer, Muon) and optimizer.owner(index) != dist.rank:
+                    continue
+                optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    for key, value in saved[names[parameter]].items()
+                }

@@ -1,0 +1,222 @@
+"""Text to token shards: `python -m gptcore.prepare RUN_DIR --attempt N`, or `prepare(…)`.
+
+Documents are parted by the tokenizer's `eot`, which stands before each. A document goes to
+validation by the hash of its name: the splits share none, and adding a file moves no other.
+Interrupted work goes on where it stopped: the state names the documents done and how much of each
+open shard is theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gptcore.dataset import BUILTIN, HEADER_BYTES, MAGIC, TOKEN_BYTES, Dataset, Shard, Split, dataset_file
+from gptcore.locks import exclusive
+from gptcore.rundir import write_atomically
+from gptcore.sources import Document, Source, python_stdlib
+from gptcore.tokenizer import Tokenizer, load_tokenizer
+
+BATCH_CHARACTERS = 4_000_000  # tokenized between two saves of the state
+Progress = Callable[[int, int], None]  # documents done, tokens so far
+
+
+class SplitWriter:
+    """Tokens of one split into shards of at most `shard_tokens`. Its state restores it."""
+
+    def __init__(self, folder: Path, name: str, shard_tokens: int, state: dict[str, Any] | None):
+        self._folder, self._name, self._shard_tokens = folder, name, shard_tokens
+        state = state or {"shards": [], "open_tokens": 0, "tokens": 0, "bytes": 0, "documents": 0}
+        self.shards = [Shard(**s) for s in state["shards"]]
+        self.open_tokens: int = state["open_tokens"]
+        self.tokens: int = state["tokens"]
+        self.bytes: int = state["bytes"]
+        self.documents: int = state["documents"]
+        self._partial = folder / f"{name}.partial"
+        self._file = self._open(HEADER_BYTES + TOKEN_BYTES * self.open_tokens)
+
+    def _open(self, size: int) -> BinaryIO:
+        """The open shard, cut back to what the state knows of."""
+        file = self._partial.open("r+b" if self._partial.exists() else "w+b")
+        file.truncate(size)
+        file.seek(size)
+        return file
+
+    def append(self, tokens: np.ndarray, text_bytes: int) -> None:
+        """One document's tokens (n,) uint16; cut where a shard is full."""
+        self.documents += 1
+        self.tokens += len(tokens)
+        self.bytes += text_bytes
+        while len(tokens):
+            part = tokens[: self._shard_tokens - self.open_tokens]
+            self._file.write(part.astype("<u2").tobytes())
+            self.open_tokens += len(part)
+            tokens = tokens[len(part) :]
+            if self.open_tokens == self._shard_tokens:
+                self._finish_shard()
+                self._file = self._open(HEADER_BYTES)
+
+    def _finish_shard(self) -> None:
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = (MAGIC, 1, self.open_tokens)
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.close()
+        with self._partial.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = f"{self._name}-{len(self.shards):05d}.bin"
+        self._partial.replace(self._folder / name)
+        self.shards.append(Shard(file=name, tokens=self.open_tokens, sha256=digest))
+        self.open_tokens = 0
+
+    def state(self) -> dict[str, Any]:
+        self._file.flush()
+        counts = {key: getattr(self, key) for key in ("open_tokens", "tokens", "bytes", "documents")}
+        return counts | {"shards": [s.model_dump() for s in self.shards]}
+
+    def finish(self) -> Split:
+        if self.open_tokens:
+            self._finish_shard()
+        else:
+            self._file.close()
+            self._partial.unlink()
+        return Split(tokens=self.tokens, bytes=self.bytes, documents=self.documents, shards=self.shards)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def prepare(
+    root: Path,
+    name: str,
+    source: Source,
+    tokenizer_name: str,
+    *,
+    val_fraction: float = 0.01,
+    max_tokens: int | None = None,
+    shard_tokens: int = 100_000_000,
+    progress: Progress = lambda documents, tokens: None,
+) -> Dataset:
+    """Write `root/name/` from a source's documents; an equal dataset that is there already is kept.
+
+    Raises ValueError where nothing is left for one of the splits.
+    """
+    settings = {
+        "source": source.fingerprint, "tokenizer": tokenizer_name, "val_fraction": val_fraction,
+        "max_tokens": max_tokens, "shard_tokens": shard_tokens,
+    }  # fmt: skip
+    with _alone(root, name):
+        final, folder = root / name, root / f".{name}.preparing"
+        done = _finished(final, settings)
+        if done is not None:
+            return done
+        state = _saved_state(folder, settings)
+        tokenizer = load_tokenizer(tokenizer_name)
+        splits = _write(folder, source, tokenizer, settings, state, progress)
+        for split, found in splits.items():
+            if found.tokens < 2:
+                raise ValueError(
+                    f"dataset {name}: no tokens for {split} from {source.description} "
+                    f"({sum(s.documents for s in splits.values())} documents); give more text or another val_fraction"
+                )
+        dataset = Dataset(
+            name=name, tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size,
+            source=source.description, train=splits["train"], val=splits["val"],
+        )  # fmt: skip
+        write_atomically(dataset_file(folder.parent, folder.name), dataset.model_dump_json(indent=2))
+        write_atomically(folder / "settings.json", json.dumps(settings))
+        (folder / "state.json").unlink()
+        if final.exists():
+            shutil.rmtree(final)
+        folder.rename(final)
+        return dataset
+
+
+def prepare_builtin(root: Path, name: str, progress: Progress = lambda documents, tokens: None) -> Dataset:
+    """Make a dataset of `gptcore.dataset.BUILTIN`."""
+    tokenizer, _ = BUILTIN[name]
+    return prepare(root, name, python_stdlib(), tokenizer, val_fraction=0.05, progress=progress)
+
+
+def _write(
+    folder: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    state: dict[str, Any],
+    progress: Progress,
+) -> dict[str, Split]:
+    shard_tokens, max_tokens = settings["shard_tokens"], settings["max_tokens"]
+    writers = {s: SplitWriter(folder, s, shard_tokens, state.get(s)) for s in ("train", "val")}
+    documents = int(state.get("documents", 0))
+    lengths = tokenizer.token_bytes()
+    for batch in _batches(source.documents(skip=documents), BATCH_CHARACTERS):
+        for document, tokens in zip(batch, _encode_all(tokenizer, batch), strict=True):
+            split = "val" if _share(document.name) < settings["val_fraction"] else "train"
+            writers[split].append(tokens, int(lengths[tokens].sum()))
+        documents += len(batch)
+        saved = {"settings": settings, "documents": documents} | {s: w.state() for s, w in writers.items()}
+        write_atomically(folder / "state.json", json.dumps(saved))
+        progress(documents, sum(w.tokens for w in writers.values()))
+        if max_tokens is not None and writers["train"].tokens >= max_tokens:
+            break
+    return {split: writer.finish() for split, writer in writers.items()}
+
+
+def _encode_all(tokenizer: Tokenizer, batch: list[Document]) -> Iterator[np.ndarray]:
+    """Each document's tokens with `eot` before them. tiktoken lets go of the lock, so threads do."""
+    eot = np.array([tokenizer.eot], dtype=np.uint16)
+    with ThreadPoolExecutor() as pool:
+        for tokens in pool.map(lambda document: tokenizer.encode(document.text), batch):
+            yield np.concatenate((eot, tokens))
+
+
+def _batches(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += len(document.text)
+        if held >= characters:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _share(name: str) -> float:
+    """A document's place in [0, 1), from its name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def _alone(root: Path, name: str) -> AbstractContextManager[None]:
+    """Two that prepare the same dataset take turns; the second finds it made."""
+    root.mkdir(parents=True, exist_ok=True)
+    return exclusive(root / f".{name}.lock")
+
+
+def _finished(final: Path, settings: dict[str, Any]) -> Dataset | None:
+    made, described = final / "settings.json", final / "dataset.json"
+    if made.is_file() and described.is_file() and json.loads(made.read_text()) == settings:
+        return Dataset.model_validate_json(described.read_text())
+    return None
+
+
+def _saved_state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an interrupted call with the same settings left; else an empty folder and {}."""
+    path = folder / "state.json"
+    if path.is_file():
+        state: dict[str, Any] = json.loads(path.read_text())
+        if state["settings"] == settings:
+            return state
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return {}

@@ -1,0 +1,218 @@
+"""From a process's arguments to a Trainer: the run directory, the ranks, the data, the model.
+
+The edge of the trainer: here, and only here, an exception becomes a `failed` event.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from gptcore import device as devices
+from gptcore.checkpoint import list_checkpoints
+from gptcore.data import Sequence, Windows
+from gptcore.dataset import BUILTIN, Dataset, read_dataset
+from gptcore.dist import Dist, close, start
+from gptcore.events import Evaluated, EventBase, JsonlReport, Notice, PhaseChanged, Report, Started, Step
+from gptcore.failure import report_failure
+from gptcore.locks import shared
+from gptcore.model import GPT
+from gptcore.optim import build_optimizers
+from gptcore.plan import Plan, peak_flops, plan, resolve
+from gptcore.prepare import prepare_builtin
+from gptcore.procs import die_with_parent
+from gptcore.rundir import Attempt, RunDir, datasets_root, runs_root, write_atomically
+from gptcore.spec import SpecError, TrainSpec, read_spec
+from gptcore.train import Trainer, wrap
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one attempt. Exit code 0 where it finished or stopped as told."""
+    arguments = _arguments(argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    try:
+        spec = read_spec(arguments.spec or RunDir(arguments.run_dir).spec)
+        if not isinstance(spec, TrainSpec):
+            raise SystemExit(f"{spec.kind} is not a job for the trainer; see python -m gptcore.prepare")
+        spec = resolve(spec, datasets_root())
+    except SpecError as error:
+        print(*(f"{p.pointer}: {p.message}" for p in error.problems), sep="\n", file=sys.stderr)  # noqa: T201
+        return 2
+    dist = start(spec.resources.device, _threads())
+    run, attempt = dist.broadcast(_claim(arguments, spec) if dist.first else None)
+    with shared(attempt.lock):
+        report = _reporter(attempt, dist)
+        try:
+            build(spec, dist, run, attempt, report).train()
+        except (KeyboardInterrupt, Exception) as error:
+            report_failure(error, dist.rank, attempt, report)
+            raise
+        close()
+    return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m gptcore.train", description=__doc__)
+    parser.add_argument("run_dir", nargs="?", type=Path, help="a run directory with its spec.json")
+    parser.add_argument("--spec", type=Path, help="a job spec to run in a new directory")
+    parser.add_argument("--attempt", type=int, help="an attempt's number whose folder is claimed already")
+    arguments = parser.parse_args(argv)
+    if (arguments.run_dir is None) == (arguments.spec is None):
+        parser.error("give either RUN_DIR or --spec FILE")
+    return arguments
+
+
+def _claim(arguments: argparse.Namespace, spec: TrainSpec) -> tuple[RunDir, Attempt]:
+    """The run directory and this attempt's folder in it."""
+    if arguments.spec is not None:
+        name = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        run = RunDir(runs_root() / name)
+        write_atomically(run.spec, spec.model_dump_json(indent=2))
+    else:
+        run = RunDir(arguments.run_dir.absolute())
+    if arguments.attempt is not None:
+        return run, run.attempt(arguments.attempt)
+    return run, run.claim_attempt()
+
+
+def _threads() -> int | None:
+    """torchrun sets OMP_NUM_THREADS to 1 unless it is set; alone, all cores are ours."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    return int(given) if given else None
+
+
+def _reporter(attempt: Attempt, dist: Dist) -> Report:
+    """Rank 0 keeps the events and prints a line for each; the others are silent."""
+    if not dist.first:
+        return lambda event: None
+    keep = JsonlReport(attempt.events, attempt.number)
+
+    def report(event: EventBase) -> None:
+        keep(event)
+        print(_line(event), flush=True)  # noqa: T201 - the log
+
+    return report
+
+
+def _line(event: EventBase) -> str:
+    match event:
+        case Step():
+            return (
+                f"step {event.step} | loss {event.train_loss:.4f} | lr {event.lr:.2e} | norm {event.grad_norm:.2f} "
+                f"| {1000 * event.step_seconds:.0f} ms | {event.tokens_per_second:,.0f} tok/s"
+            )
+        case Evaluated():
+            mark = " best" if event.best else ""
+            return f"step {event.step} | val_loss {event.val_loss:.4f} | {event.bits_per_byte:.4f} bits/byte{mark}"
+        case _:
+            fields = event.model_dump(mode="json", exclude={"type", "attempt", "seq", "time"})
+            said = " | ".join(f"{key} {value}" for key, value in fields.items() if value not in ("", None))
+            return f"{getattr(event, 'type', '')} | {said}"
+
+
+def build(spec: TrainSpec, dist: Dist, run: RunDir, attempt: Attempt, report: Report) -> Trainer:
+    """Everything a run needs, checked before the first step. Raises SpecError."""
+    dataset = _dataset(spec, dist, report)
+    folder = datasets_root() / dataset.name
+    block_size = spec.model.block_size
+    train_windows, val = (Windows(folder, split, block_size) for split in (dataset.train, dataset.val))
+    _need_windows(spec, dataset, train_windows, val)
+    hardware = devices.hardware(dist)
+    planned = plan(_as_before(spec, run, dist), hardware)
+    precision = devices.resolve_precision(spec.precision, dist.device)
+    compiled, notice = devices.resolve_compile(spec, dist.device, planned.total_flops / dist.world_size)
+    if notice:
+        report(Notice(level="warning", message=notice))
+    torch.manual_seed(spec.seed)
+    model = GPT(spec.model, activation_checkpointing=spec.activation_checkpointing).to(dist.device)
+    forward, replica = wrap(model, compiled, dist)
+    report(_started(spec, planned, dist, hardware.device_name, precision, compiled))
+    return Trainer(
+        spec=spec,
+        planned=planned,
+        dist=dist,
+        run=run,
+        attempt=attempt,
+        report=report,
+        model=model,
+        forward=forward,
+        replica=replica,
+        compiled=compiled,
+        precision=precision,
+        optimizers=build_optimizers(model, spec.optim, dist),
+        dataset=dataset,
+        train_windows=Sequence(train_windows, spec.seed),
+        val=val,
+        peak_flops=peak_flops(hardware.device_name),
+    )
+
+
+def _dataset(spec: TrainSpec, dist: Dist, report: Report) -> Dataset:
+    """The prepared dataset; a built-in one is made on first use, by rank 0."""
+    name, root = spec.data.dataset, datasets_root()
+    if dist.first and name in BUILTIN and read_dataset(root, name) is None:
+        report(PhaseChanged(phase="preparing", message=f"preparing {name}"))
+        prepare_builtin(root, name)
+    dist.barrier()
+    dataset = read_dataset(root, name)
+    assert dataset is not None, "resolve() has seen it"
+    return dataset
+
+
+def _need_windows(spec: TrainSpec, dataset: Dataset, train: Windows, val: Windows) -> None:
+    """Refuse a dataset too short for one window of the model's context."""
+    from gptcore.spec import Problem
+
+    for split, windows, tokens in (("train", train, dataset.train.tokens), ("val", val, dataset.val.tokens)):
+        if windows.count == 0:
+            message = (
+                f"block_size {spec.model.block_size} is longer than any shard of dataset "
+                f"{dataset.name}'s {split} split ({tokens} tokens); use a smaller block_size or more text"
+            )
+            raise SpecError([Problem(pointer="/model/block_size", message=message)])
+
+
+def _as_before(spec: TrainSpec, run: RunDir, dist: Dist) -> TrainSpec:
+    """The spec with the micro-batch that a checkpoint of as many ranks was trained with: an "auto"
+    found anew on another machine would change the sums."""
+    checkpoints = list_checkpoints(run)
+    if spec.micro_batch_size != "auto" or not checkpoints:
+        return spec
+    meta = checkpoints[-1].meta()
+    if meta["world_size"] != dist.world_size:
+        return spec
+    return spec.model_copy(update={"micro_batch_size": meta["micro_batch_size"]})
+
+
+def _started(spec: TrainSpec, planned: Plan, dist: Dist, device_name: str, precision: str, compiled: bool) -> Started:
+    return Started(
+        kind=spec.kind,
+        device=dist.device.type,
+        device_name=device_name,
+        world_size=dist.world_size,
+        threads=torch.get_num_threads(),
+        precision=precision,
+        compiled=compiled,
+        micro_batch_size=planned.micro_batch_size,
+        grad_accum_steps=planned.grad_accum_steps,
+        parameters=planned.parameters,
+        total_steps=planned.total_steps,
+        tokens_per_step=planned.tokens_per_step,
+        versions={"python": platform.python_version(), "torch": torch.__version__, "trainmaster": _version()},
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("trainmaster")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "source"

@@ -1,0 +1,128 @@
+"""Where a dataset's text comes from: named documents in a fixed order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+PIECE_CHARACTERS = 16_384  # few long texts are cut to such pieces, at line ends
+FEW_TEXTS = 20
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str  # unique in its source; decides the split
+    text: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents that come in the same order each time, so that counting them is a position."""
+
+    description: str  # for people: stands in dataset.json
+    fingerprint: str  # changes when the documents do
+    read: Callable[[], Iterator[Document]]
+
+    def documents(self, skip: int = 0) -> Iterator[Document]:
+        return islice(self.read(), skip, None)
+
+
+def text_files(paths: list[Path]) -> Source:
+    """Plain text. A file is a document; fewer than 20 files are cut to pieces at line ends.
+
+    Raises FileNotFoundError naming what is not there.
+    """
+    files = _files(paths, "*.txt")
+
+    def read() -> Iterator[Document]:
+        for path in files:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if len(files) >= FEW_TEXTS:
+                yield Document(str(path), text)
+            else:
+                yield from _pieces(str(path), text)
+
+    return Source(f"text: {_names(paths)}", _fingerprint(files), read)
+
+
+def jsonl_files(paths: list[Path], field: str) -> Source:
+    """JSON lines; the text is in `field`. Raises ValueError naming file and line without it."""
+    files = _files(paths, "*.jsonl")
+
+    def read() -> Iterator[Document]:
+        for path in files:
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    yield Document(f"{path}:{number}", _field(path, number, line, field))
+
+    return Source(f"jsonl: {_names(paths)}, field {field}", _fingerprint(files), read)
+
+
+def python_stdlib() -> Source:
+    """The Python standard library's own source: real text that every machine has.
+
+    Tests and installed packages are left out, since distributions differ in them.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = sorted(p for p in folder.rglob("*.py") if not left_out & set(p.relative_to(folder).parts))
+
+    def read() -> Iterator[Document]:
+        for path in files:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            yield Document(str(path.relative_to(folder)), text)
+
+    return Source(f"Python {platform.python_version()} standard library", _fingerprint(files), read)
+
+
+def _pieces(name: str, text: str) -> Iterator[Document]:
+    start = 0
+    while start < len(text):
+        end = min(len(text), start + PIECE_CHARACTERS)
+        if end < len(text):
+            line_end = text.rfind("\n", start, end)
+            end = line_end + 1 if line_end > start else end
+        yield Document(f"{name}@{start}", text[start:end])
+        start = end
+
+
+def _field(path: Path, number: int, line: str, field: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{path}, line {number}: no text in field {field!r}; it has {has}")
+    return str(row[field])
+
+
+def _files(paths: list[Path], pattern: str) -> list[Path]:
+    """The files meant: each path itself, or all in a folder that match."""
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
+        found = sorted(path.rglob(pattern)) if path.is_dir() else [path]
+        if not found:
+            raise FileNotFoundError(f"{path} holds no file {pattern}")
+        files += found
+    return files
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(p.name for p in paths)
+
+
+def _fingerprint(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        stat = path.stat()
+        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,422 @@
+"""The trainer: `torchrun -m gptcore.train RUN_DIR`, or alone: `python -m gptcore.train --spec FILE`.
+
+Reads `spec.json`, writes events, checkpoints and an export; knows nothing of who started it. A step
+reads top to bottom in `Trainer.step`. An attempt's last event says how it ended.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from gptcore import device as devices
+from gptcore import events, guard
+from gptcore.checkpoint import Checkpoint, Saved, Saver, best_checkpoint, list_checkpoints, model_tensors
+from gptcore.data import Batch, Prefetcher, Sequence
+from gptcore.dataset import Dataset
+from gptcore.dist import Dist
+from gptcore.evaluate import bits_per_byte, val_windows, validation_loss
+from gptcore.export import export_model
+from gptcore.failure import Diverged
+from gptcore.model import GPT
+from gptcore.native import native_class
+from gptcore.optim import Optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
+from gptcore.plan import Plan
+from gptcore.rundir import Attempt, RunDir
+from gptcore.sample import sample
+from gptcore.spec import Problem, SpecError, TrainSpec
+from gptcore.state import TrainState
+from gptcore.tokenizer import load_tokenizer
+
+STOP_CODES = {"": 0, "pause": 1, "cancel": 2, "max_duration": 3}
+WARMUP_PASSES = 2  # discarded; after them DDP's buckets are final, so summation order is too
+
+
+@dataclass
+class Trainer:
+    """One rank of one attempt: what `gptcore.setup` built, and the loop over it."""
+
+    spec: TrainSpec
+    planned: Plan
+    dist: Dist
+    run: RunDir
+    attempt: Attempt
+    report: events.Report
+    model: GPT  # the plain module: its names are the checkpoint's
+    forward: Any  # the same, compiled where asked: tokens, targets (B, T) → mean loss ()
+    replica: Any  # the same under DDP where there are several ranks
+    compiled: bool
+    precision: str
+    optimizers: Optimizers
+    dataset: Dataset
+    train_windows: Sequence
+    val: Any
+    peak_flops: float | None
+    state: TrainState = field(default_factory=TrainState)
+    replayed: dict[int, float] = field(default_factory=dict)  # losses of steps that ran before
+    signalled: bool = False
+    started_at: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.run, self.spec, self.attempt.number, self._report_saved)
+        self.parameters = list(self.model.parameters())
+        self.batches: Prefetcher | None = None
+
+    # --- the run
+
+    def train(self) -> None:
+        """Resume or begin, step until the end or a stop, evaluate, export, finish."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        self._warm_up()
+        self._resume()
+        self._phase("training")
+        stop = self._step_until_done()
+        if stop:
+            self.saver.close()
+            self.report(events.Stopped(step=self.state.step, reason=stop))
+            return
+        self.saver.close()
+        self._export()
+        self.report(
+            events.Finished(
+                step=self.state.step,
+                tokens=self.state.tokens,
+                best_step=self.state.best_step,
+                best_val_loss=self.state.best_val_loss,
+                seconds=time.perf_counter() - self.started_at,
+            )
+        )
+
+    def _step_until_done(self) -> Any:
+        """Returns why to stop, or None once all steps are done."""
+        if self.state.evaluation_owed:
+            self._evaluate()
+        self._open_batches()
+        try:
+            while self.state.step < self.spec.max_steps:
+                stop = self.step()
+                step, last = self.state.step, self.state.step == self.spec.max_steps
+                evaluate = last or step % self.spec.evaluate.every_steps == 0
+                if evaluate or stop or step % self.spec.checkpoint.every_steps == 0:
+                    self.state.evaluation_owed = evaluate
+                    self._save()
+                if stop:
+                    return stop
+                if evaluate:
+                    self._evaluate()
+                if self.spec.sample and (last or step % self.spec.sample.every_steps == 0):
+                    self._sample()
+                self.saver.poll()
+        finally:
+            self._close_batches()
+        return None
+
+    def step(self) -> Any:
+        """One optimiser update, or one refused by the guard. Returns why to stop, or None."""
+        spec, state, began = self.spec, self.state, time.perf_counter()
+        lr = set_lr(self.optimizers, state.step, spec.optim, spec.max_steps)
+        loss, data_wait_seconds = self._accumulate_gradients()
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = get_total_norm(grads)
+        train_loss, stop = self._agree(loss)
+        grad_norm = float(norm)
+        verdict = guard.judge(state, train_loss, grad_norm)
+        if verdict is None:
+            if spec.optim.grad_clip is not None:
+                clip_grads_with_norm_(self.parameters, spec.optim.grad_clip, norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            guard.accept(state, train_loss, grad_norm)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.tokens += spec.tokens_per_step
+        state.position += self._sequences_per_step
+        if verdict is None:
+            self._report_step(began, train_loss, lr, grad_norm, data_wait_seconds)
+        else:
+            self._skip(verdict, train_loss, grad_norm)
+        return stop
+
+    def _accumulate_gradients(self) -> tuple[Tensor, float]:
+        """Forward and backward over this rank's share of the batch → its mean loss (), seconds waited."""
+        assert self.batches is not None
+        steps = self.planned.grad_accum_steps
+        loss = torch.zeros((), device=self.dist.device)
+        waited = 0.0
+        for micro_step in range(steps):
+            asked = time.perf_counter()
+            batch = self.batches.take()
+            waited += time.perf_counter() - asked
+            loss += self._forward_backward(batch, 1 / steps, last=micro_step == steps - 1)
+        return loss, waited
+
+    def _forward_backward(self, batch: Batch, share: float, last: bool) -> Tensor:
+        """Adds this micro-batch's gradients; the last one of a step averages them over the ranks."""
+        if self.dist.world_size > 1:
+            # set before the forward pass: DDP reads it there, not in backward
+            self.replica.require_backward_grad_sync = last
+        with self._autocast():
+            loss: Tensor = self.replica(*batch) * share
+        loss.backward()
+        return loss.detach()
+
+    def _agree(self, loss: Tensor) -> tuple[float, Any]:
+        """The mean loss over the ranks, and whether any was told to stop: one small all-reduce."""
+        told = STOP_CODES.get(self._stop_file(), 1) if self.dist.first else 0
+        words = torch.stack((loss, loss.new_tensor(told), loss.new_tensor(float(self.signalled))))
+        total, code, signals = self.dist.sum(words).tolist()
+        reason = next((r for r, c in STOP_CODES.items() if c == int(code) and c), None)
+        return total / self.dist.world_size, reason or ("pause" if signals else None)
+
+    def _stop_file(self) -> str:
+        try:
+            return self.attempt.stop.read_text().strip()
+        except FileNotFoundError:
+            return ""
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        self.signalled = True
+
+    # --- the guard
+
+    def _skip(self, verdict: guard.Verdict, train_loss: float, grad_norm: float) -> None:
+        go_back = guard.skip(self.state)
+        self.report(
+            events.Skipped.model_validate(
+                {"step": self.state.step, "train_loss": train_loss, "grad_norm": grad_norm, **vars(verdict)}
+            )
+        )
+        if go_back:
+            self._roll_back(verdict.reason)
+
+    def _roll_back(self, reason: str) -> None:
+        """To the last checkpoint's weights and step, and on from the data behind the bad batches."""
+        self.saver.wait()
+        bad, rollbacks = self.state, self.state.rollbacks + 1
+        checkpoint = self._newest_checkpoint()
+        if checkpoint is None or rollbacks > guard.MAX_ROLLBACKS:
+            raise Diverged(
+                f"step {bad.step}: {guard.SKIPS_BEFORE_ROLLBACK} updates in a row refused ({reason}), "
+                + ("and no checkpoint to go back to" if checkpoint is None else f"after {rollbacks - 1} rollbacks")
+                + "; lower lr, lengthen warmup_steps, or set grad_clip"
+            )
+        self._load(checkpoint)
+        passed_over = (bad.position - self.state.position) // self._sequences_per_step
+        self.state.position, self.state.rollbacks = bad.position, rollbacks
+        self.state.batches_skipped = bad.batches_skipped
+        self._open_batches()
+        self.report(
+            events.RolledBack(
+                from_step=bad.step, to_step=self.state.step, batches_passed_over=passed_over, reason=reason
+            )
+        )
+
+    # --- beginning, and beginning again
+
+    def _warm_up(self) -> None:
+        """Two discarded passes: compile, and fix the order in which DDP sums gradients."""
+        if self.compiled:
+            self._phase("compiling")
+        for _ in range(WARMUP_PASSES):
+            self._forward_backward(self._probe_batch(), 1.0, last=True)
+        self.model.zero_grad(set_to_none=True)
+
+    def _resume(self) -> None:
+        """Take up the newest complete checkpoint, if there is one, and say how exactly it fits."""
+        checkpoint = self._newest_checkpoint()
+        if checkpoint is None:
+            return
+        self._load(checkpoint)
+        self.replayed = {
+            e.step: e.train_loss
+            for e in (self.run.events() if self.dist.first else ())
+            if isinstance(e, events.Step) and e.step > self.state.step and e.attempt < self.attempt.number
+        }
+        stored, now = self.state.probe_loss, self._probe_loss()
+        assert stored is not None, "a checkpoint without its probe loss"
+        self.report(
+            events.Resumed(
+                step=self.state.step, path=checkpoint.path.name,
+                probe_loss=stored, recomputed_loss=now, difference=now - stored,
+            )
+        )  # fmt: skip
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        found = list_checkpoints(self.run) if self.dist.first else []
+        newest: Checkpoint | None = self.dist.broadcast(found[-1] if found else None)
+        return newest
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        meta = checkpoint.meta()
+        ours, theirs = self.spec.model.model_dump(), meta["spec"]["model"]
+        differing = [f"{k} {theirs[k]!r}, now {ours[k]!r}" for k in ours if ours[k] != theirs.get(k)]
+        if differing:
+            message = f"{checkpoint.path.name} is of another model: {'; '.join(differing)}; start a new job"
+            raise SpecError([Problem(pointer="/model", message=message)])
+        with torch.no_grad():
+            for name, tensor in checkpoint.weights().items():
+                self.model.get_parameter(name).copy_(tensor)
+        load_optimizer_tensors(self.model, self.optimizers, self.dist, checkpoint.optimizer())
+        self.state = checkpoint.state()
+
+    def _open_batches(self) -> None:
+        self._close_batches()
+        self.batches = Prefetcher(
+            self.train_windows,
+            position=self.state.position,
+            sequences_per_step=self._sequences_per_step,
+            micro_batch_size=self.planned.micro_batch_size,
+            rank=self.dist.rank,
+            world_size=self.dist.world_size,
+            device=self.dist.device,
+        )
+
+    def _close_batches(self) -> None:
+        if self.batches is not None:
+            self.batches.close()
+            self.batches = None
+
+    # --- looking at the model
+
+    def _evaluate(self) -> None:
+        """Validation loss; the checkpoint of this step learns of it, and whether it is the best."""
+        self._phase("evaluating")
+        began, state = time.perf_counter(), self.state
+        asked = self.spec.evaluate.eval_tokens
+        val_loss = validation_loss(self._loss, self.val, asked, self.planned.micro_batch_size, self.dist)
+        best = state.best_val_loss is None or val_loss < state.best_val_loss
+        if best:
+            state.best_val_loss, state.best_step = val_loss, state.step
+        state.evaluation_owed = False
+        if self.dist.first:
+            self.saver.amend(state)
+        self.report(
+            events.Evaluated(
+                step=state.step, tokens=state.tokens, val_loss=val_loss, best=best,
+                bits_per_byte=bits_per_byte(val_loss, self.dataset.val),
+                eval_tokens=val_windows(self.val, asked) * self.val.block_size,
+                seconds=time.perf_counter() - began,
+            )
+        )  # fmt: skip
+        self._phase("training")
+
+    def _loss(self, *batch: Tensor) -> Tensor:
+        """The training pass without its backward. Compiled, it keeps gradients on: another mode would
+        be compiled anew, and the numbers would be another kernel's."""
+        with self._autocast(), torch.set_grad_enabled(self.compiled):
+            loss: Tensor = self.forward(*batch)
+        return loss.detach()
+
+    def _probe_batch(self) -> Batch:
+        """The first windows of the run, the same ones in every attempt."""
+        tokens, targets = self.train_windows.read(0, self.planned.micro_batch_size)
+        return tokens.to(self.dist.device), targets.to(self.dist.device)
+
+    def _probe_loss(self) -> float:
+        return float(self._loss(*self._probe_batch()))
+
+    def _sample(self) -> None:
+        asked = self.spec.sample
+        if asked is None or not self.dist.first:
+            return
+        tokenizer = load_tokenizer(self.dataset.tokenizer)
+        seed = self.spec.seed * 1_000_003 + self.state.step
+        with self._autocast():
+            text = sample(self.model, tokenizer, asked.prompt, asked.max_tokens, asked.temperature, seed)
+        self.report(events.Sampled(step=self.state.step, prompt=asked.prompt, text=text))
+
+    # --- what it leaves behind
+
+    def _save(self) -> None:
+        """A checkpoint of now, written while training goes on. All ranks call; rank 0 writes."""
+        moments = optimizer_tensors(self.model, self.optimizers, self.dist)
+        if self.dist.first:
+            self.state.probe_loss = self._probe_loss()
+            shape = {
+                "world_size": self.dist.world_size,
+                "micro_batch_size": self.planned.micro_batch_size,
+                "threads": torch.get_num_threads(),
+                "precision": self.precision,
+                "compiled": self.compiled,
+            }
+            self.saver.save(self.state, model_tensors(self.model), moments, shape)
+
+    def _report_saved(self, saved: Saved) -> None:
+        if saved.error is None:
+            self.report(events.Checkpointed(step=saved.step, path=saved.path, bytes=saved.bytes, seconds=saved.seconds))
+            return
+        message = f"checkpoint at step {saved.step} not saved, the older ones stand: {saved.error}"
+        self.report(events.Notice(level="warning", message=message))
+        if saved.step == self.spec.max_steps:
+            raise saved.error
+
+    def _export(self) -> None:
+        """The best checkpoint as a folder that stock `transformers` loads."""
+        name, reason = native_class(self.spec.model)
+        if not self.dist.first:
+            return
+        if name is None:
+            self.report(events.Notice(level="warning", message=f"not exported: {reason}"))
+            return
+        self._phase("exporting")
+        checkpoint = best_checkpoint(self.run, self.state)
+        assert checkpoint is not None and self.state.best_step is not None
+        export_model(self.run.export, self.spec.model, checkpoint.weights(), self.dataset.tokenizer)
+        self.report(events.Exported(step=self.state.best_step, path=self.run.export.name, native_class=name))
+
+    def _report_step(
+        self, began: float, train_loss: float, lr: float, grad_norm: float, data_wait_seconds: float
+    ) -> None:
+        seconds = time.perf_counter() - began
+        rate = self.spec.tokens_per_step / seconds
+        mfu = rate / self.dist.world_size / self.peak_flops if self.peak_flops else None
+        before = self.replayed.pop(self.state.step, None)
+        self.report(
+            events.Step(
+                step=self.state.step, tokens=self.state.tokens, train_loss=train_loss, lr=lr,
+                grad_norm=grad_norm, step_seconds=seconds, tokens_per_second=rate,
+                data_wait_seconds=data_wait_seconds,
+                mfu=mfu and mfu * self.planned.flops_per_token,
+                mfu_causal=mfu and mfu * self.planned.flops_per_token_causal,
+                peak_memory_bytes=devices.peak_memory_bytes(self.dist.device),
+                replay_difference=None if before is None else train_loss - before,
+            )
+        )  # fmt: skip
+
+    def _phase(self, phase: events.Phase) -> None:
+        self.report(events.PhaseChanged(phase=phase))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.dist.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    @property
+    def _sequences_per_step(self) -> int:
+        return self.spec.tokens_per_step // self.spec.model.block_size
+
+
+def wrap(model: GPT, compiled: bool, dist: Dist) -> tuple[Any, Any]:
+    """The model's loss function, compiled where asked, and the same with gradients shared by ranks."""
+    forward: Any = torch.compile(model, dynamic=False) if compiled else model
+    if dist.world_size == 1:
+        return forward, forward
+    device_ids = [dist.local_rank] if dist.device.type == "cuda" else None
+    # RoPE's tables are constants, so there are no buffers to send at each forward pass
+    replica = DistributedDataParallel(
+        forward, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
+    return forward, replica
+
+
+if __name__ == "__main__":
+    from gptcore.setup import main
+
+    raise SystemExit(main())
