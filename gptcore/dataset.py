@@ -22,7 +22,15 @@ VOCAB_SIZES = {"bytes": 256, "gpt2": 50257}
 # built-in datasets are prepared on first use: name → (tokenizer, what it is)
 BUILTIN = {
     "python-stdlib": ("bytes", "the Python standard library's own source, as bytes"),
+    "fineweb-10bt": ("gpt2", "FineWeb's sample of 10 billion tokens, streamed from the Hub, in GPT-2's BPE"),
+    "fineweb-edu-10bt": ("gpt2", "FineWeb-Edu's sample of 10 billion tokens, streamed, in GPT-2's BPE"),
     "python-stdlib-gpt2": ("gpt2", "the Python standard library's own source, in GPT-2's BPE"),
+}
+
+# where they lie on the Hub: repository, files
+FINEWEB = {
+    "fineweb-10bt": ("HuggingFaceFW/fineweb", "sample/10BT/*.parquet"),
+    "fineweb-edu-10bt": ("HuggingFaceFW/fineweb-edu", "sample/10BT/*.parquet"),
 }
 
 

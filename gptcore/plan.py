@@ -91,11 +91,12 @@ def count_parameters(model: ModelSpec) -> Parameters:
     d, f, kv = model.n_embd, model.n_hidden, model.n_kv_head * model.head_dim
     q = model.n_head * model.head_dim
     hidden = d * (q + 2 * kv) + q * d + (3 if model.mlp == "swiglu" else 2) * d * f
-    per_norm = {"layernorm": 2 * d, "rmsnorm": d, "rmsnorm_plain": 0}[model.norm]
+    norm_vectors = {"layernorm": 2, "rmsnorm": 1, "rmsnorm_plain": 0}[model.norm]
+    per_norm = norm_vectors * d
     vectors = 2 * per_norm
     vectors += (q + 2 * kv + d) if model.attention_bias else 0
     vectors += (f * (2 if model.mlp == "swiglu" else 1) + d) if model.mlp_bias else 0
-    vectors += 2 * model.head_dim if model.qk_norm and model.norm != "rmsnorm_plain" else 0
+    vectors += 2 * norm_vectors * model.head_dim if model.qk_norm else 0
     outer = per_norm if model.norm_placement == "pre" else 0  # the last norm
     outer += per_norm if model.embed_norm else 0
     outer += model.block_size * d if model.position == "learned" else 0

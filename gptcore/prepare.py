@@ -19,10 +19,21 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptcore.dataset import BUILTIN, HEADER_BYTES, MAGIC, TOKEN_BYTES, Dataset, Shard, Split, dataset_file
+from gptcore.dataset import (
+    BUILTIN,
+    FINEWEB,
+    HEADER_BYTES,
+    MAGIC,
+    TOKEN_BYTES,
+    Dataset,
+    Shard,
+    Split,
+    dataset_file,
+    shard_problem,
+)
 from gptcore.locks import exclusive
 from gptcore.rundir import write_atomically
-from gptcore.sources import Document, Source, python_stdlib
+from gptcore.sources import Document, Source, hub_files, python_stdlib
 from gptcore.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 4_000_000  # tokenized between two saves of the state
@@ -143,7 +154,58 @@ def prepare(
 def prepare_builtin(root: Path, name: str, progress: Progress = lambda documents, tokens: None) -> Dataset:
     """Make a dataset of `gptcore.dataset.BUILTIN`."""
     tokenizer, _ = BUILTIN[name]
-    return prepare(root, name, python_stdlib(), tokenizer, val_fraction=0.05, progress=progress)
+    if name in FINEWEB:
+        source, val_fraction = hub_files(*FINEWEB[name], "text"), 0.001
+    else:
+        source, val_fraction = python_stdlib(), 0.05
+    return prepare(root, name, source, tokenizer, val_fraction=val_fraction, progress=progress)
+
+
+def adopt_shards(root: Path, name: str, folder: Path, tokenizer_name: str) -> Dataset:
+    """A dataset from shards that exist already, llm.c's FineWeb ones among them: linked, not copied.
+
+    A file whose name holds "val" is validation. Raises ValueError naming a damaged shard, or the
+    split that none is for.
+    """
+    files = sorted(folder.glob("*.bin"))
+    problems = [problem for path in files if (problem := shard_problem(path))]
+    if problems:
+        raise ValueError("; ".join(problems))
+    tokenizer = load_tokenizer(tokenizer_name)
+    splits = {}
+    (root / name).mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        own = [path for path in files if ("val" in path.name) == (split == "val")]
+        if not own:
+            raise ValueError(
+                f'{folder} holds no shard for {split}: files *.bin, with "val" in a validation one\'s name'
+            )
+        splits[split] = _describe(own, tokenizer)
+        for path in own:
+            link = root / name / path.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.absolute())
+    dataset = Dataset(
+        name=name, tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size,
+        source=f"shards: {folder.name}", train=splits["train"], val=splits["val"],
+    )  # fmt: skip
+    write_atomically(dataset_file(root, name), dataset.model_dump_json(indent=2))
+    return dataset
+
+
+def _describe(files: list[Path], tokenizer: Tokenizer) -> Split:
+    lengths, shards, text_bytes, documents = tokenizer.token_bytes(), [], 0, 0
+    for path in files:
+        tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+        if int(tokens.max(initial=0)) >= tokenizer.vocab_size:
+            raise ValueError(f"{path} holds token {tokens.max()}; {tokenizer.name} has {tokenizer.vocab_size} tokens")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        shards.append(Shard(file=path.name, tokens=len(tokens), sha256=digest))
+        counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
+        text_bytes += int(counts @ lengths)
+        documents += int(counts[tokenizer.eot])
+    return Split(tokens=sum(s.tokens for s in shards), bytes=text_bytes, documents=documents, shards=shards)
 
 
 def _write(
@@ -158,7 +220,7 @@ def _write(
     writers = {s: SplitWriter(folder, s, shard_tokens, state.get(s)) for s in ("train", "val")}
     documents = int(state.get("documents", 0))
     lengths = tokenizer.token_bytes()
-    for batch in _batches(source.documents(skip=documents), BATCH_CHARACTERS):
+    for batch in _batches(source.read(documents), BATCH_CHARACTERS):
         for document, tokens in zip(batch, _encode_all(tokenizer, batch), strict=True):
             split = "val" if _share(document.name) < settings["val_fraction"] else "train"
             writers[split].append(tokens, int(lengths[tokens].sum()))
@@ -220,3 +282,9 @@ def _saved_state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return {}
+
+
+if __name__ == "__main__":
+    from gptcore.prepare_job import main
+
+    raise SystemExit(main())

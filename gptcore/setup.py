@@ -10,6 +10,8 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -17,42 +19,49 @@ import torch
 from gptcore import device as devices
 from gptcore.checkpoint import list_checkpoints
 from gptcore.data import Sequence, Windows
-from gptcore.dataset import BUILTIN, Dataset, read_dataset
+from gptcore.dataset import Dataset, read_dataset
 from gptcore.dist import Dist, close, start
-from gptcore.events import Evaluated, EventBase, JsonlReport, Notice, PhaseChanged, Report, Started, Step
+from gptcore.events import Notice, PhaseChanged, Report, Started
 from gptcore.failure import report_failure
 from gptcore.locks import shared
+from gptcore.log import reporter
 from gptcore.model import GPT
 from gptcore.optim import build_optimizers
 from gptcore.plan import Plan, peak_flops, plan, resolve
 from gptcore.prepare import prepare_builtin
 from gptcore.procs import die_with_parent
 from gptcore.rundir import Attempt, RunDir, datasets_root, runs_root, write_atomically
-from gptcore.spec import SpecError, TrainSpec, read_spec
+from gptcore.spec import Problem, SpecError, TrainSpec, read_spec
 from gptcore.train import Trainer, wrap
+
+PREPARING_SECONDS = 24 * 3600.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one attempt. Exit code 0 where it finished or stopped as told."""
+    """Run one attempt. Exit code 0 where it finished or stopped as told, 2 for a spec that cannot run."""
     arguments = _arguments(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     try:
         spec = read_spec(arguments.spec or RunDir(arguments.run_dir).spec)
         if not isinstance(spec, TrainSpec):
-            raise SystemExit(f"{spec.kind} is not a job for the trainer; see python -m gptcore.prepare")
-        spec = resolve(spec, datasets_root())
+            raise SpecError([Problem(pointer="/kind", message=f"{spec.kind} is no job for the trainer; use train")])
+        if arguments.spec is not None:
+            spec = resolve(spec, datasets_root())
     except SpecError as error:
         print(*(f"{p.pointer}: {p.message}" for p in error.problems), sep="\n", file=sys.stderr)  # noqa: T201
         return 2
-    dist = start(spec.resources.device, _threads())
-    run, attempt = dist.broadcast(_claim(arguments, spec) if dist.first else None)
+    rank = int(os.environ.get("RANK", 0))
+    run, attempt = _claim(arguments, spec, rank)
     with shared(attempt.lock):
-        report = _reporter(attempt, dist)
+        report = reporter(attempt, first=rank == 0)
         try:
-            build(spec, dist, run, attempt, report).train()
+            spec = resolve(spec, datasets_root())
+            dataset = _dataset(spec, rank, report)
+            dist = start(spec.resources.device, _threads())
+            build(spec, dataset, dist, run, attempt, report).train()
         except (KeyboardInterrupt, Exception) as error:
-            report_failure(error, dist.rank, attempt, report)
+            report_failure(error, rank, attempt, report)
             raise
         close()
     return 0
@@ -69,17 +78,31 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _claim(arguments: argparse.Namespace, spec: TrainSpec) -> tuple[RunDir, Attempt]:
-    """The run directory and this attempt's folder in it."""
+def _claim(arguments: argparse.Namespace, spec: TrainSpec, rank: int) -> tuple[RunDir, Attempt]:
+    """The run directory and this attempt's folder in it, which rank 0 makes where none is named."""
+    started_by = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun: the same for all ranks
     if arguments.spec is not None:
-        name = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        run = RunDir(runs_root() / name)
-        write_atomically(run.spec, spec.model_dump_json(indent=2))
+        run = RunDir(runs_root() / f"{spec.name}-{time.strftime('%Y%m%d')}-{started_by}")
     else:
         run = RunDir(arguments.run_dir.absolute())
     if arguments.attempt is not None:
         return run, run.attempt(arguments.attempt)
-    return run, run.claim_attempt()
+    token = run.path / f".attempt-of-{started_by}"  # how rank 0 tells the others
+    if rank == 0:
+        if arguments.spec is not None:
+            write_atomically(run.spec, spec.model_dump_json(indent=2))
+        attempt = run.claim_attempt()
+        write_atomically(token, str(attempt.number))
+        return run, attempt
+    _wait_for(token.exists, "rank 0's attempt")
+    return run, run.attempt(int(token.read_text()))
+
+
+def _wait_for(there: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline, f"{what} did not appear within {seconds:.0f} s"
+        time.sleep(0.05)
 
 
 def _threads() -> int | None:
@@ -88,44 +111,15 @@ def _threads() -> int | None:
     return int(given) if given else None
 
 
-def _reporter(attempt: Attempt, dist: Dist) -> Report:
-    """Rank 0 keeps the events and prints a line for each; the others are silent."""
-    if not dist.first:
-        return lambda event: None
-    keep = JsonlReport(attempt.events, attempt.number)
-
-    def report(event: EventBase) -> None:
-        keep(event)
-        print(_line(event), flush=True)  # noqa: T201 - the log
-
-    return report
-
-
-def _line(event: EventBase) -> str:
-    match event:
-        case Step():
-            return (
-                f"step {event.step} | loss {event.train_loss:.4f} | lr {event.lr:.2e} | norm {event.grad_norm:.2f} "
-                f"| {1000 * event.step_seconds:.0f} ms | {event.tokens_per_second:,.0f} tok/s"
-            )
-        case Evaluated():
-            mark = " best" if event.best else ""
-            return f"step {event.step} | val_loss {event.val_loss:.4f} | {event.bits_per_byte:.4f} bits/byte{mark}"
-        case _:
-            fields = event.model_dump(mode="json", exclude={"type", "attempt", "seq", "time"})
-            said = " | ".join(f"{key} {value}" for key, value in fields.items() if value not in ("", None))
-            return f"{getattr(event, 'type', '')} | {said}"
-
-
-def build(spec: TrainSpec, dist: Dist, run: RunDir, attempt: Attempt, report: Report) -> Trainer:
+def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: Attempt, report: Report) -> Trainer:
     """Everything a run needs, checked before the first step. Raises SpecError."""
-    dataset = _dataset(spec, dist, report)
     folder = datasets_root() / dataset.name
     block_size = spec.model.block_size
     train_windows, val = (Windows(folder, split, block_size) for split in (dataset.train, dataset.val))
     _need_windows(spec, dataset, train_windows, val)
     hardware = devices.hardware(dist)
-    planned = plan(_as_before(spec, run, dist), hardware)
+    planned = plan(_as_before(_on_these_ranks(spec, dist), run), hardware)
+    assert planned.world_size == dist.world_size
     precision = devices.resolve_precision(spec.precision, dist.device)
     compiled, notice = devices.resolve_compile(spec, dist.device, planned.total_flops / dist.world_size)
     if notice:
@@ -154,22 +148,25 @@ def build(spec: TrainSpec, dist: Dist, run: RunDir, attempt: Attempt, report: Re
     )
 
 
-def _dataset(spec: TrainSpec, dist: Dist, report: Report) -> Dataset:
-    """The prepared dataset; a built-in one is made on first use, by rank 0."""
+def _dataset(spec: TrainSpec, rank: int, report: Report) -> Dataset:
+    """The prepared dataset; a built-in one is made on first use, by rank 0.
+
+    Before the ranks join each other: hours of tokenizing would outlast any collective's patience.
+    """
     name, root = spec.data.dataset, datasets_root()
-    if dist.first and name in BUILTIN and read_dataset(root, name) is None:
-        report(PhaseChanged(phase="preparing", message=f"preparing {name}"))
-        prepare_builtin(root, name)
-    dist.barrier()
     dataset = read_dataset(root, name)
-    assert dataset is not None, "resolve() has seen it"
+    if dataset is None and rank == 0:
+        report(PhaseChanged(phase="preparing", message=f"preparing {name}"))
+        dataset = prepare_builtin(root, name)
+    if dataset is None:
+        _wait_for(lambda: read_dataset(root, name) is not None, f"dataset {name}", PREPARING_SECONDS)
+        dataset = read_dataset(root, name)
+    assert dataset is not None
     return dataset
 
 
 def _need_windows(spec: TrainSpec, dataset: Dataset, train: Windows, val: Windows) -> None:
     """Refuse a dataset too short for one window of the model's context."""
-    from gptcore.spec import Problem
-
     for split, windows, tokens in (("train", train, dataset.train.tokens), ("val", val, dataset.val.tokens)):
         if windows.count == 0:
             message = (
@@ -179,14 +176,21 @@ def _need_windows(spec: TrainSpec, dataset: Dataset, train: Windows, val: Window
             raise SpecError([Problem(pointer="/model/block_size", message=message)])
 
 
-def _as_before(spec: TrainSpec, run: RunDir, dist: Dist) -> TrainSpec:
+def _on_these_ranks(spec: TrainSpec, dist: Dist) -> TrainSpec:
+    """The spec as torchrun really started it: the batch is the spec's, whatever the number of ranks."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    resources = spec.resources.model_copy(update={"ranks_per_node": ranks, "nodes": dist.world_size // ranks})
+    return spec.model_copy(update={"resources": resources})
+
+
+def _as_before(spec: TrainSpec, run: RunDir) -> TrainSpec:
     """The spec with the micro-batch that a checkpoint of as many ranks was trained with: an "auto"
     found anew on another machine would change the sums."""
     checkpoints = list_checkpoints(run)
     if spec.micro_batch_size != "auto" or not checkpoints:
         return spec
     meta = checkpoints[-1].meta()
-    if meta["world_size"] != dist.world_size:
+    if meta["world_size"] != spec.world_size:
         return spec
     return spec.model_copy(update={"micro_batch_size": meta["micro_batch_size"]})
 
@@ -210,8 +214,6 @@ def _started(spec: TrainSpec, planned: Plan, dist: Dist, device_name: str, preci
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version("trainmaster")
     except PackageNotFoundError:  # run from a source tree that is not installed

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 PIECE_CHARACTERS = 16_384  # few long texts are cut to such pieces, at line ends
 FEW_TEXTS = 20
@@ -27,10 +28,7 @@ class Source:
 
     description: str  # for people: stands in dataset.json
     fingerprint: str  # changes when the documents do
-    read: Callable[[], Iterator[Document]]
-
-    def documents(self, skip: int = 0) -> Iterator[Document]:
-        return islice(self.read(), skip, None)
+    read: Callable[[int], Iterator[Document]]  # from the n-th document on
 
 
 def text_files(paths: list[Path]) -> Source:
@@ -40,28 +38,47 @@ def text_files(paths: list[Path]) -> Source:
     """
     files = _files(paths, "*.txt")
 
-    def read() -> Iterator[Document]:
-        for path in files:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if len(files) >= FEW_TEXTS:
-                yield Document(str(path), text)
-            else:
-                yield from _pieces(str(path), text)
+    def read(path: Path) -> Iterator[Document]:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return iter([Document(str(path), text)]) if len(files) >= FEW_TEXTS else _pieces(str(path), text)
 
-    return Source(f"text: {_names(paths)}", _fingerprint(files), read)
+    return Source(f"text: {_names(paths)}", _fingerprint(files), _one_by_one(files, read))
 
 
 def jsonl_files(paths: list[Path], field: str) -> Source:
     """JSON lines; the text is in `field`. Raises ValueError naming file and line without it."""
     files = _files(paths, "*.jsonl")
 
-    def read() -> Iterator[Document]:
-        for path in files:
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    yield Document(f"{path}:{number}", _field(path, number, line, field))
+    def read(path: Path) -> Iterator[Document]:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                yield Document(f"{path}:{number}", _field(path, number, line, field))
 
-    return Source(f"jsonl: {_names(paths)}, field {field}", _fingerprint(files), read)
+    return Source(f"jsonl: {_names(paths)}, field {field}", _fingerprint(files), _one_by_one(files, read))
+
+
+def parquet_files(paths: list[Path], field: str) -> Source:
+    """Parquet tables; a row is a document, its text in column `field`."""
+    files = _files(paths, "*.parquet")
+    read = _parquet_reader([(str(path), path.open("rb")) for path in files], field)
+    return Source(f"parquet: {_names(paths)}, column {field}", _fingerprint(files), read)
+
+
+def hub_files(repo: str, pattern: str, field: str) -> Source:
+    """Parquet files of a dataset on the Hugging Face Hub, read as they come: no copy is kept.
+
+    pattern: a glob inside the repository, "sample/10BT/*.parquet". The commit of now is fixed.
+    Raises FileNotFoundError where nothing matches; the Hub client's own errors pass.
+    """
+    from huggingface_hub import HfApi, HfFileSystem
+
+    commit = HfApi().dataset_info(repo).sha
+    files = HfFileSystem()
+    names = sorted(str(name) for name in files.glob(f"datasets/{repo}@{commit}/{pattern}"))
+    if not names:
+        raise FileNotFoundError(f"dataset {repo} holds no file {pattern}")
+    read = _parquet_reader([(name, files.open(name, "rb")) for name in names], field)
+    return Source(f"hub: {repo}@{commit} {pattern}, column {field}", f"{repo}@{commit}/{pattern}", read)
 
 
 def python_stdlib() -> Source:
@@ -73,12 +90,43 @@ def python_stdlib() -> Source:
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = sorted(p for p in folder.rglob("*.py") if not left_out & set(p.relative_to(folder).parts))
 
-    def read() -> Iterator[Document]:
-        for path in files:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            yield Document(str(path.relative_to(folder)), text)
+    def read(path: Path) -> Iterator[Document]:
+        yield Document(str(path.relative_to(folder)), path.read_text(encoding="utf-8", errors="replace"))
 
-    return Source(f"Python {platform.python_version()} standard library", _fingerprint(files), read)
+    description = f"Python {platform.python_version()} standard library"
+    return Source(description, _fingerprint(files), _one_by_one(files, read))
+
+
+def _one_by_one(files: list[Path], read: Callable[[Path], Iterator[Document]]) -> Callable[[int], Iterator[Document]]:
+    def from_document(skip: int) -> Iterator[Document]:
+        return islice((document for path in files for document in read(path)), skip, None)
+
+    return from_document
+
+
+def _parquet_reader(files: list[tuple[str, Any]], field: str) -> Callable[[int], Iterator[Document]]:
+    """Row by row; row groups that are skipped whole are not read."""
+
+    def from_document(skip: int) -> Iterator[Document]:
+        import pyarrow.parquet
+
+        for name, opened in files:
+            table = pyarrow.parquet.ParquetFile(opened)
+            if field not in table.schema_arrow.names:
+                raise ValueError(f"{name}: no column {field!r}; it has {', '.join(table.schema_arrow.names)}")
+            row = 0
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                if skip >= rows:
+                    skip -= rows
+                else:
+                    texts = table.read_row_group(group, columns=[field]).column(field).to_pylist()
+                    for number, text in enumerate(texts[skip:], row + skip):
+                        yield Document(f"{name}:{number}", str(text))
+                    skip = 0
+                row += rows
+
+    return from_document
 
 
 def _pieces(name: str, text: str) -> Iterator[Document]:

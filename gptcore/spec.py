@@ -263,20 +263,22 @@ class SourceSpec(Spec):
     """Where a dataset's text comes from. Paths stay inside the datasets root's `sources/`."""
 
     format: Literal["text", "jsonl", "parquet", "hub", "shards"]
-    path: str | None = Field(None, max_length=500, description="file or folder, relative")
-    repo: str | None = Field(None, max_length=200, description="hub: dataset name, owner/name")
-    config: str | None = Field(None, max_length=200, description="hub: configuration, sample-10BT")
-    split: str = Field("train", max_length=100)
+    path: str = Field(min_length=1, max_length=500, description="file or folder, relative; hub: a glob of its files")
+    repo: str | None = Field(None, max_length=200, description="hub: the dataset, owner/name")
     field: str = Field("text", max_length=100, description="jsonl, parquet, hub: the text's column")
 
     @model_validator(mode="after")
-    def _one_place(self) -> SourceSpec:
-        needed, other = ("repo", "path") if self.format == "hub" else ("path", "repo")
-        if getattr(self, needed) is None or getattr(self, other) is not None:
-            raise ValueError(f'format "{self.format}" takes {needed} and not {other}')
-        if self.path is not None and (Path(self.path).is_absolute() or ".." in Path(self.path).parts):
-            raise ValueError(f"path {self.path!r} leaves the datasets root's sources folder; use a relative path")
+    def _repo_for_hub(self) -> SourceSpec:
+        if (self.format == "hub") != (self.repo is not None):
+            raise ValueError('repo goes with format "hub", and only with it: the dataset, owner/name')
         return self
+
+    @field_validator("path")
+    @classmethod
+    def _stay_inside(cls, path: str) -> str:
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise ValueError(f"path {path!r} leaves the datasets root's sources folder; use a relative path")
+        return path
 
 
 class PrepareSpec(JobBase):

@@ -1,0 +1,138 @@
+"""Small models, a small dataset of real text, and runs of the trainer as real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptcore.dataset import Dataset
+from gptcore.events import Step
+from gptcore.model import GPT
+from gptcore.prepare import prepare
+from gptcore.rundir import RunDir, write_atomically
+from gptcore.sources import text_files
+from gptcore.spec import ModelSpec, TrainSpec, parse_spec
+
+FAMILIES = ("gpt2", "llama", "qwen3", "nanochat")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tests share two cores; a model this small is slower with more threads than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny_model(family: str, **changes: Any) -> ModelSpec:
+    """Two layers of 32; heads explicit, so that changes of other fields stay alone."""
+    fields = {"preset": f"{family}-tiny", "vocab_size": 96, "block_size": 64, "n_layer": 2, "n_embd": 32, "n_head": 4}
+    return ModelSpec.model_validate(fields | changes)
+
+
+def randomised(spec: ModelSpec, seed: int = 0) -> GPT:
+    """A model whose every parameter is random: zero-initialised heads make tests vacuous."""
+    torch.manual_seed(seed)
+    model = GPT(spec)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (0.5 if parameter.dim() == 1 else 0.0))
+    return model
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TRAINMASTER_HOME with the dataset "small": this project's own sources, as bytes."""
+    home = tmp_path_factory.mktemp("home")
+    prepare_small(home / "datasets")
+    return home
+
+
+def prepare_small(root: Path) -> Dataset:
+    project = Path(__file__).parents[2]
+    sources = sorted(p for part in ("gptcore", "tests/gptcore") for p in (project / part).glob("*.py"))
+    return prepare(root, "small", text_files(sources), "bytes", val_fraction=0.2)
+
+
+@dataclass
+class Trained:
+    """A run that ended, and what its log said."""
+
+    run: RunDir
+    returncode: int
+    output: str
+
+    def losses(self) -> dict[int, float]:
+        """Train loss by step; for a step logged twice the later one."""
+        return {e.step: e.train_loss for e in self.run.events() if isinstance(e, Step)}
+
+    def of_type(self, kind: type) -> list[Any]:
+        return [e for e in self.run.events() if isinstance(e, kind)]
+
+
+def tiny_spec(**changes: Any) -> TrainSpec:
+    fields: dict[str, Any] = {
+        "kind": "train",
+        "name": "tiny",
+        "model": {"preset": "llama-tiny", "block_size": 32, "n_layer": 2, "n_embd": 32, "n_head": 4},
+        "data": {"dataset": "small"},
+        "optim": {"lr": 0.003, "warmup_steps": 3},
+        "max_steps": 20,
+        "tokens_per_step": 512,
+        "precision": "fp32",
+        "compile": False,
+        "evaluate": {"every_steps": 10, "eval_tokens": 1024},
+        "checkpoint": {"every_steps": 5},
+    }
+    spec = parse_spec(fields | changes)
+    assert isinstance(spec, TrainSpec)
+    return spec
+
+
+class Trainers:
+    """Starts `gptcore.train` as the launcher does: one process, or several under torchrun."""
+
+    def __init__(self, home: Path, folder: Path):
+        self.home, self.folder = home, folder
+
+    def start(self, run: RunDir, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
+        head = [sys.executable, "-m"]
+        if ranks > 1:
+            head += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+        given = {"TRAINMASTER_HOME": str(self.home), "OMP_NUM_THREADS": "1"} | environment
+        return subprocess.Popen(
+            [*head, "gptcore.train", str(run.path)],
+            env=os.environ | given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def make(self, spec: TrainSpec, name: str) -> RunDir:
+        run = RunDir(self.folder / name)
+        write_atomically(run.spec, json.dumps(spec.model_dump(mode="json")))
+        return run
+
+    def __call__(self, spec: TrainSpec, name: str = "run", ranks: int = 1, **environment: str) -> Trained:
+        run = self.make(spec, name)
+        process = self.start(run, ranks, **environment)
+        output, _ = process.communicate(timeout=240)
+        return Trained(run, process.returncode, output)
+
+
+@pytest.fixture
+def train(home: Path, tmp_path: Path) -> Trainers:
+    return Trainers(home, tmp_path)
+
+
+MakeModel = Callable[..., ModelSpec]

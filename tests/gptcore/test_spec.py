@@ -1,0 +1,83 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptcore.presets import PRESETS
+from gptcore.spec import ModelSpec, PrepareSpec, SpecError, TrainSpec, parse_spec
+
+MINIMAL = {
+    "kind": "train", "name": "x", "model": {"preset": "llama-tiny"}, "data": {"dataset": "small"},
+    "optim": {"lr": 0.001}, "max_steps": 10, "tokens_per_step": 1024,
+}  # fmt: skip
+
+
+def refused(body: object) -> dict[str, str]:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(body)
+    return {p.pointer: p.message for p in caught.value.problems}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_expands_into_explicit_fields_that_read_back_the_same(preset: str) -> None:
+    spec = parse_spec(MINIMAL | {"model": {"preset": preset}})
+    assert isinstance(spec, TrainSpec)
+    dumped = json.loads(spec.model_dump_json())
+    assert parse_spec(dumped) == spec
+    assert all(dumped["model"][field] == value for field, value in PRESETS[preset].items())
+
+
+@given(n_head=st.integers(1, 16), width=st.integers(4, 16), preset=st.sampled_from(sorted(PRESETS)))
+def test_changed_widths_keep_a_shape_that_works(n_head: int, width: int, preset: str) -> None:
+    model = ModelSpec.model_validate({"preset": preset, "n_head": n_head, "n_embd": n_head * width * 2})
+    assert model.head_dim == width * 2
+    assert model.n_head % model.n_kv_head == 0
+
+
+def test_an_unknown_field_is_named_with_the_nearest_known_one() -> None:
+    assert "max_steps" in refused(MINIMAL | {"max_step": 3})["/max_step"]
+
+
+def test_a_width_that_heads_do_not_divide_names_heads_that_do() -> None:
+    message = refused(MINIMAL | {"model": {"preset": "llama-tiny", "n_embd": 100}})["/model/n_embd"]
+    assert "100" in message
+    assert "n_head" in message
+    assert "5" in message
+
+
+def test_every_problem_is_named_at_once() -> None:
+    found = refused(MINIMAL | {"optim": {"lr": "high", "name": "sgd"}, "max_steps": 0})
+    assert set(found) == {"/optim/lr", "/optim/name", "/max_steps"}
+    assert "'sgd'" in found["/optim/name"]
+
+
+@pytest.mark.parametrize(
+    ("change", "pointer"),
+    [
+        ({"kind": "tune"}, ""),
+        ({"model": {"preset": "lama-tiny"}}, "/model/preset"),
+        ({"micro_batch_size": 0}, "/micro_batch_size"),
+        ({"micro_batch_size": "big"}, "/micro_batch_size"),
+        ({"optim": {"lr": 0.1, "min_lr": 0.2}}, "/optim/min_lr"),
+        ({"optim": {"lr": float("nan")}}, "/optim/lr"),
+        ({"name": "../up"}, "/name"),
+        ({"labels": {"a": 1}}, "/labels/a"),
+        ({"model": {"preset": "llama-tiny", "n_kv_head": 4}}, "/model/n_head"),
+        ({"data": {"dataset": "a/b"}}, "/data/dataset"),
+    ],
+)
+def test_a_bad_value_is_refused_at_its_pointer(change: dict[str, object], pointer: str) -> None:
+    assert pointer in refused(MINIMAL | change)
+
+
+@pytest.mark.parametrize("body", [None, 3, "text", [], {}, {"kind": []}, {"kind": "train", "model": []}])
+def test_anything_that_is_no_spec_is_refused_and_nothing_breaks(body: object) -> None:
+    assert refused(body)
+
+
+def test_a_source_path_cannot_leave_its_folder() -> None:
+    body = {"kind": "prepare", "name": "p", "dataset": "d", "source": {"format": "text", "path": "../../etc/passwd"}}
+    assert "leaves" in refused(body)["/source/path"]
+    spec = parse_spec(body | {"source": {"format": "text", "path": "books"}})
+    assert isinstance(spec, PrepareSpec)
