@@ -22,3 +22,13 @@ def shared(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
+
+
+def is_held(path: Path) -> bool:
+    """Whether any process holds `path` now, alone or shared."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -220,17 +220,21 @@ def _write(
     writers = {s: SplitWriter(folder, s, shard_tokens, state.get(s)) for s in ("train", "val")}
     documents = int(state.get("documents", 0))
     lengths = tokenizer.token_bytes()
-    for batch in _batches(source.read(documents), BATCH_CHARACTERS):
-        for document, tokens in zip(batch, _encode_all(tokenizer, batch), strict=True):
-            split = "val" if _share(document.name) < settings["val_fraction"] else "train"
-            writers[split].append(tokens, int(lengths[tokens].sum()))
-        documents += len(batch)
-        saved = {"settings": settings, "documents": documents} | {s: w.state() for s, w in writers.items()}
-        write_atomically(folder / "state.json", json.dumps(saved))
-        progress(documents, sum(w.tokens for w in writers.values()))
-        if max_tokens is not None and writers["train"].tokens >= max_tokens:
-            break
-    return {split: writer.finish() for split, writer in writers.items()}
+    try:
+        for batch in _batches(source.read(documents), BATCH_CHARACTERS):
+            for document, tokens in zip(batch, _encode_all(tokenizer, batch), strict=True):
+                split = "val" if _share(document.name) < settings["val_fraction"] else "train"
+                writers[split].append(tokens, int(lengths[tokens].sum()))
+            documents += len(batch)
+            saved = {"settings": settings, "documents": documents} | {s: w.state() for s, w in writers.items()}
+            write_atomically(folder / "state.json", json.dumps(saved))
+            progress(documents, sum(w.tokens for w in writers.values()))
+            if max_tokens is not None and writers["train"].tokens >= max_tokens:
+                break
+        return {split: writer.finish() for split, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.close()
 
 
 def _encode_all(tokenizer: Tokenizer, batch: list[Document]) -> Iterator[np.ndarray]:

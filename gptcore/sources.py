@@ -8,6 +8,7 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def jsonl_files(paths: list[Path], field: str) -> Source:
 def parquet_files(paths: list[Path], field: str) -> Source:
     """Parquet tables; a row is a document, its text in column `field`."""
     files = _files(paths, "*.parquet")
-    read = _parquet_reader([(str(path), path.open("rb")) for path in files], field)
+    read = _parquet_reader([str(path) for path in files], partial(open, mode="rb"), field)
     return Source(f"parquet: {_names(paths)}, column {field}", _fingerprint(files), read)
 
 
@@ -77,7 +78,7 @@ def hub_files(repo: str, pattern: str, field: str) -> Source:
     names = sorted(str(name) for name in files.glob(f"datasets/{repo}@{commit}/{pattern}"))
     if not names:
         raise FileNotFoundError(f"dataset {repo} holds no file {pattern}")
-    read = _parquet_reader([(name, files.open(name, "rb")) for name in names], field)
+    read = _parquet_reader(names, lambda name: files.open(name, "rb"), field)
     return Source(f"hub: {repo}@{commit} {pattern}, column {field}", f"{repo}@{commit}/{pattern}", read)
 
 
@@ -104,29 +105,34 @@ def _one_by_one(files: list[Path], read: Callable[[Path], Iterator[Document]]) -
     return from_document
 
 
-def _parquet_reader(files: list[tuple[str, Any]], field: str) -> Callable[[int], Iterator[Document]]:
-    """Row by row; row groups that are skipped whole are not read."""
-
+def _parquet_reader(
+    names: list[str], open_file: Callable[[str], Any], field: str
+) -> Callable[[int], Iterator[Document]]:
     def from_document(skip: int) -> Iterator[Document]:
-        import pyarrow.parquet
+        for name in names:
+            with open_file(name) as file:
+                import pyarrow.parquet
 
-        for name, opened in files:
-            table = pyarrow.parquet.ParquetFile(opened)
-            if field not in table.schema_arrow.names:
-                raise ValueError(f"{name}: no column {field!r}; it has {', '.join(table.schema_arrow.names)}")
-            row = 0
-            for group in range(table.num_row_groups):
-                rows = table.metadata.row_group(group).num_rows
-                if skip >= rows:
-                    skip -= rows
-                else:
-                    texts = table.read_row_group(group, columns=[field]).column(field).to_pylist()
-                    for number, text in enumerate(texts[skip:], row + skip):
-                        yield Document(f"{name}:{number}", str(text))
-                    skip = 0
-                row += rows
+                table = pyarrow.parquet.ParquetFile(file)
+                if field not in table.schema_arrow.names:
+                    raise ValueError(f"{name}: no column {field!r}; it has {', '.join(table.schema_arrow.names)}")
+                for row, text in _rows(table, field, skip):
+                    yield Document(f"{name}:{row}", text)
+                skip = max(0, skip - table.metadata.num_rows)
 
     return from_document
+
+
+def _rows(table: Any, field: str, skip: int) -> Iterator[tuple[int, str]]:
+    """Row number and text from row `skip` on; row groups before it are not read."""
+    first = 0
+    for group in range(table.num_row_groups):
+        rows = table.metadata.row_group(group).num_rows
+        if skip < first + rows:
+            texts = table.read_row_group(group, columns=[field]).column(field).to_pylist()
+            begin = max(0, skip - first)
+            yield from ((first + i, str(texts[i])) for i in range(begin, rows))
+        first += rows
 
 
 def _pieces(name: str, text: str) -> Iterator[Document]:

@@ -300,8 +300,6 @@ KINDS = ("train", "prepare")
 
 def parse_spec(data: object) -> TrainSpec | PrepareSpec:
     """A spec from decoded JSON. Raises SpecError naming each field, its value and the way out."""
-    if isinstance(data, Mapping) and "kind" not in data:
-        raise SpecError([Problem(pointer="/kind", message=f"is missing; use one of {', '.join(KINDS)}")])
     try:
         return _JOB_SPEC.validate_python(data)
     except ValidationError as error:
@@ -332,6 +330,8 @@ def problems_of(errors: list[Any], root: tuple[str, ...] = ()) -> list[Problem]:
         path = [
             p for p in path if not (isinstance(p, str) and re.match(r"^(literal|function)\W|^(int|bool|str|float)$", p))
         ]
+        if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            path.append("kind")
         if error["type"] == "value_error":  # a check of several fields says first which one to change
             first = str(error["ctx"]["error"]).split(" ")[0]
             path = path if path and path[-1] == first else [*path, *([first] if first in _all_fields() else [])]
@@ -347,6 +347,8 @@ def _say(error: Any, path: list[Any]) -> str:
             return f"{field} is missing; it is required"
         case "extra_forbidden":
             return f"{field} is no field here; {closest(field, _all_fields())}"
+        case "union_tag_not_found":
+            return f"kind is missing; use one of {', '.join(KINDS)}"
         case "union_tag_invalid":
             return f"kind {error['ctx']['tag']!r} is unknown; use one of {', '.join(KINDS)}"
         case "value_error":

@@ -55,7 +55,7 @@ def test_every_problem_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("change", "pointer"),
     [
-        ({"kind": "tune"}, ""),
+        ({"kind": "tune"}, "/kind"),
         ({"model": {"preset": "lama-tiny"}}, "/model/preset"),
         ({"micro_batch_size": 0}, "/micro_batch_size"),
         ({"micro_batch_size": "big"}, "/micro_batch_size"),

@@ -1,0 +1,92 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from gptcore.dist import Dist
+from gptcore.model import GPT
+from gptcore.optim import Muon, build_optimizers, lr_factor, orthogonalise, parameter_groups, set_lr
+from gptcore.spec import OptimSpec
+from tests.gptcore.conftest import FAMILIES, randomised, tiny_model
+
+ALONE = Dist(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_groups_cover_every_parameter_once_and_decay_no_vector(family: str, name: str, tied: bool) -> None:
+    model = GPT(tiny_model(family, tie_embeddings=tied, norm="rmsnorm"))
+    adamw, muon = parameter_groups(model, OptimSpec.model_validate({"name": name, "lr": 0.1}))
+    grouped = [id(p) for group in adamw + muon for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    for group in adamw:
+        assert all((p.dim() < 2) == (group["weight_decay"] == 0) for p in group["params"])
+    assert all(p.dim() == 2 for group in muon for p in group["params"])
+
+
+def test_cosine_warms_up_from_its_share_and_ends_at_the_least_rate() -> None:
+    optim = OptimSpec(lr=1.2e-3, min_lr=1.2e-4, warmup_steps=715, warmup_from=0.1)
+    factors = [lr_factor(step, optim, 19_073) for step in range(19_073)]
+    assert factors[0] == pytest.approx(0.1, abs=0.002)
+    assert factors[714] == pytest.approx(1.0)
+    assert factors[715] == pytest.approx(1.0)
+    assert factors[(715 + 19_073) // 2] == pytest.approx(0.55, abs=0.001)
+    assert factors[-1] == pytest.approx(0.1, abs=1e-4)
+    assert max(abs(a - b) for a, b in pairwise(factors)) < 0.002
+
+
+def test_warmup_stable_decay_is_flat_and_then_a_line() -> None:
+    optim = OptimSpec(lr=1.0, schedule="wsd", warmup_steps=10, cooldown_fraction=0.5)
+    factors = [lr_factor(step, optim, 100) for step in range(100)]
+    assert set(factors[10:51]) == {1.0}
+    assert factors[75] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.02)
+
+
+def test_groups_keep_their_own_rates_and_muons_momentum_warms_up() -> None:
+    optim = OptimSpec(name="muon", lr=0.01, embed_lr=0.3, head_lr=0.004, muon_lr=0.02, schedule="constant")
+    optimizers = build_optimizers(GPT(tiny_model("nanochat")), optim, ALONE)
+    assert set_lr(optimizers, 0, optim, 100) == 0.01
+    assert {g["lr"] for o in optimizers for g in o.param_groups} == {0.3, 0.004, 0.02}
+    assert optimizers[1].param_groups[0]["momentum"] == 0.85
+    set_lr(optimizers, 300, optim, 1000)
+    assert optimizers[1].param_groups[0]["momentum"] == pytest.approx(0.95)
+
+
+def test_muon_takes_the_steps_of_torchs_own() -> None:
+    shapes = [(64, 32), (32, 64), (32, 32), (32, 32)]
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    muon = Muon([{"params": ours, "weight_decay": 0.1}], lr=0.02, momentum=0.95, dist=ALONE)
+    oracle = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.1, adjust_lr_fn="original")
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        muon.step()
+        oracle.step()
+    for a, b in zip(ours, theirs, strict=True):
+        # both orthogonalise in bfloat16; batched products round otherwise than single ones
+        assert (a - b).norm() < 0.01 * (5 * 0.02 * math.sqrt(min(a.shape)))
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((3, 48, 16), (2, 16, 48)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)).float())
+        assert 0.6 < values.min() < values.max() < 1.3
+
+
+def test_a_muon_step_leaves_nothing_unmoved() -> None:
+    model = randomised(tiny_model("qwen3"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = build_optimizers(model, OptimSpec(name="muon", lr=0.01), ALONE)
+    set_lr(optimizers, 10, OptimSpec(name="muon", lr=0.01), 100)
+    tokens = torch.randint(0, 96, (2, 16))
+    model(tokens, tokens).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -1,0 +1,140 @@
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from gptcore.dataset import HEADER_BYTES, Dataset
+from gptcore.prepare import prepare
+from gptcore.sources import Document, Source, jsonl_files, parquet_files, python_stdlib, text_files
+from gptcore.tokenizer import load_tokenizer
+
+WORDS = "every good boy does fine, naïve café 你好 "
+
+
+def made_up(count: int = 60, stop_at: int | None = None) -> Source:
+    """Documents of different lengths; `stop_at` breaks off there, as a killed process would."""
+
+    def read(skip: int) -> Iterator[Document]:
+        for number in range(skip, count):
+            if number == stop_at:
+                raise KeyboardInterrupt
+            yield Document(f"doc-{number}", f"{number} " + WORDS * (number % 7 + 1))
+
+    return Source("made up", "v1", read)
+
+
+def tokens_of(root: Path, dataset: Dataset, split: str) -> np.ndarray:
+    shards = getattr(dataset, split).shards
+    parts = [np.fromfile(root / dataset.name / s.file, dtype="<u2", offset=HEADER_BYTES) for s in shards]
+    assert [len(p) for p in parts] == [s.tokens for s in shards]
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_every_document_is_in_one_split_whole(tmp_path: Path, tokenizer: str) -> None:
+    dataset = prepare(tmp_path, "d", made_up(), tokenizer, val_fraction=0.3, shard_tokens=1024)
+    eot, decode = load_tokenizer(tokenizer).eot, load_tokenizer(tokenizer).decode
+    texts: dict[str, list[str]] = {}
+    for split in ("train", "val"):
+        tokens = tokens_of(tmp_path, dataset, split)
+        starts = np.flatnonzero(tokens == eot)
+        texts[split] = [decode(part[1:].tolist()) for part in np.split(tokens, starts)[1:]]
+        assert len(texts[split]) == getattr(dataset, split).documents > 0
+    assert sorted(texts["train"] + texts["val"]) == sorted(d.text for d in made_up().read(0))
+    assert dataset.train.bytes == sum(len(t.encode()) for t in texts["train"])
+    assert len(dataset.train.shards) > 1
+
+
+def test_interrupted_work_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptcore.prepare.BATCH_CHARACTERS", 500)
+    options = {"val_fraction": 0.3, "shard_tokens": 700}
+    whole = prepare(tmp_path / "whole", "d", made_up(), "bytes", **options)  # type: ignore[arg-type]
+    for stop_at in (13, 37, 38):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "parts", "d", made_up(stop_at=stop_at), "bytes", **options)  # type: ignore[arg-type]
+        assert not (tmp_path / "parts" / "d").exists()
+    begun: list[int] = []
+    source = made_up()
+    watched = Source("made up", "v1", lambda skip: begun.append(skip) or source.read(skip))  # type: ignore[func-returns-value]
+    assert prepare(tmp_path / "parts", "d", watched, "bytes", **options) == whole  # type: ignore[arg-type]
+    assert begun[0] > 20
+
+
+def test_an_equal_dataset_is_not_made_again(tmp_path: Path) -> None:
+    first = prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3)
+    stamp = (tmp_path / "d" / first.train.shards[0].file).stat().st_mtime_ns
+    assert prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3) == first
+    assert (tmp_path / "d" / first.train.shards[0].file).stat().st_mtime_ns == stamp
+    assert prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.5) != first
+
+
+def test_max_tokens_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptcore.prepare.BATCH_CHARACTERS", 500)
+    dataset = prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3, max_tokens=2000)
+    assert 2000 <= dataset.train.tokens < 3500
+
+
+def test_a_source_with_nothing_for_validation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no tokens for val"):
+        prepare(tmp_path, "d", made_up(2), "bytes", val_fraction=0.0001)
+
+
+def test_one_long_text_is_cut_at_line_ends_for_both_splits(tmp_path: Path) -> None:
+    text = tmp_path / "my.txt"
+    text.write_text("\n".join(f"line {i} {WORDS}" for i in range(5000)))
+    pieces = list(text_files([text]).read(0))
+    assert len(pieces) > 10
+    assert "".join(p.text for p in pieces) == text.read_text()
+    assert all(p.text.endswith("\n") for p in pieces[:-1])
+    assert prepare(tmp_path, "d", text_files([text]), "gpt2", val_fraction=0.1).val.tokens > 1000
+
+
+def rows_as_jsonl(folder: Path) -> Source:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "body": f"text {i}"}) + "\n" for i in range(50)))
+    return jsonl_files([path], "body")
+
+
+def rows_as_parquet(folder: Path) -> Source:
+    table = pyarrow.table({"id": range(50), "body": [f"text {i}" for i in range(50)]})
+    pyarrow.parquet.write_table(table, folder / "rows.parquet", row_group_size=8)
+    return parquet_files([folder / "rows.parquet"], "body")
+
+
+@pytest.mark.parametrize("make", [rows_as_jsonl, rows_as_parquet])
+def test_rows_can_be_read_from_any_one_on(tmp_path: Path, make: Callable[[Path], Source]) -> None:
+    source = make(tmp_path)
+    rows = list(source.read(0))
+    assert [r.text for r in rows] == [f"text {i}" for i in range(50)]
+    for skip in (1, 8, 13, 49, 50):
+        assert list(source.read(skip)) == rows[skip:]
+
+
+def test_a_row_without_the_field_is_named_by_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: no text in field 'text'; it has txt"):
+        list(jsonl_files([path], "text").read(0))
+    rows_as_parquet(tmp_path)
+    with pytest.raises(ValueError, match="no column 'text'; it has id, body"):
+        list(parquet_files([tmp_path / "rows.parquet"], "text").read(0))
+
+
+def test_the_standard_library_is_real_text_in_a_fixed_order() -> None:
+    documents = list(python_stdlib().read(0))
+    assert sum(len(d.text) for d in documents) > 5_000_000
+    assert [d.name for d in documents] == [d.name for d in python_stdlib().read(0)]
+    assert not any("test" in Path(d.name).parts for d in documents)
+
+
+def test_gpt2_tokens_are_the_known_ones_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.devnull)
+    tokenizer = load_tokenizer("gpt2")
+    assert tokenizer.encode("Hello world").tolist() == [15496, 995]
+    assert tokenizer.encode("<|endoftext|>").max() < 50256  # text that spells it is only text
+    assert tokenizer.decode(tokenizer.encode(WORDS).tolist()) == WORDS

@@ -1,0 +1,176 @@
+import hashlib
+import os
+import random
+import signal
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from gptcore.checkpoint import list_checkpoints
+from gptcore.events import Evaluated, Exported, Failed, Finished, Resumed, Sampled, Started, Step, Stopped
+from gptcore.rundir import RunDir
+from tests.gptcore.conftest import FAMILIES, Trainers, tiny_spec
+
+
+def last_weights(run: RunDir) -> str:
+    newest = list_checkpoints(run)[-1].path
+    return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
+
+
+def wait_for_step(run: RunDir, step: int, attempt: int, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not any(isinstance(e, Step) and e.attempt == attempt and e.step >= step for e in run.events()):
+        assert time.monotonic() < deadline, f"step {step} never came"
+        time.sleep(0.01)
+
+
+def test_a_run_learns_evaluates_exports_and_says_so(train: Trainers) -> None:
+    done = train(tiny_spec(max_steps=40, sample={"every_steps": 20, "max_tokens": 10}))
+    assert done.returncode == 0, done.output
+    events = list(done.run.events())
+    assert [e.seq for e in events] == list(range(1, len(events) + 1))
+    assert isinstance(events[0], Started)
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    losses = done.losses()
+    assert list(losses) == list(range(1, 41))
+    assert losses[40] < losses[1] - 1
+    evaluated = done.of_type(Evaluated)
+    assert [e.step for e in evaluated] == [10, 20, 30, 40]
+    assert finished.best_val_loss == min(e.val_loss for e in evaluated)
+    assert len(done.of_type(Sampled)) == 2
+    assert (done.run.path / done.of_type(Exported)[0].path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_with_muon(train: Trainers, family: str) -> None:
+    model = {"preset": f"{family}-tiny", "block_size": 32, "n_layer": 2, "n_embd": 32, "n_head": 4}
+    done = train(tiny_spec(model=model, optim={"name": "muon", "lr": 0.003}, max_steps=50))
+    losses = done.losses()
+    assert losses[50] < losses[1] - 1, done.output
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_ranks_follow_one(train: Trainers, ranks: int) -> None:
+    spec = tiny_spec(max_steps=50, evaluate={"every_steps": 50, "eval_tokens": 1024})
+    one, several = train(spec, "one"), train(spec, "several", ranks=ranks)
+    assert several.returncode == 0, several.output
+    for step, loss in one.losses().items():
+        assert several.losses()[step] == pytest.approx(loss, abs=1e-4 * loss)
+    assert several.of_type(Step)[0].grad_norm == pytest.approx(one.of_type(Step)[0].grad_norm, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_muon_on_two_ranks_follows_one(train: Trainers) -> None:
+    spec = tiny_spec(max_steps=50, optim={"name": "muon", "lr": 0.003})
+    one, two = train(spec, "one"), train(spec, "two", ranks=2)
+    for step, loss in one.losses().items():
+        assert two.losses()[step] == pytest.approx(loss, abs=5e-3 * loss)
+
+
+# long enough that a kill comes before the end, with steps between the checkpoints
+LONG: dict[str, Any] = {
+    "max_steps": 250,
+    "checkpoint": {"every_steps": 17},
+    "evaluate": {"every_steps": 60, "eval_tokens": 1024},
+}
+
+
+def kill_at_random(train: Trainers, run: RunDir, ranks: int, kills: int, draw: random.Random) -> None:
+    """Start the run again and again, SIGKILL its processes at a random step each time."""
+    for attempt in range(1, kills + 1):
+        process = train.start(run, ranks)
+        reached = max((c.step for c in list_checkpoints(run)), default=0)
+        wait_for_step(run, reached + draw.randint(20, 60), attempt)
+        # ranks first: orphaned by torchrun's death they would stop cleanly, with a checkpoint
+        for pid in [*rank_processes(process.pid).values(), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "optimizer", "compiled"),
+    [
+        (1, "adamw", False),
+        pytest.param(2, "muon", False, marks=pytest.mark.slow),
+        pytest.param(4, "adamw", False, marks=pytest.mark.slow),
+        pytest.param(1, "muon", True, marks=pytest.mark.slow),
+        pytest.param(2, "adamw", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_resumes_bit_for_bit(train: Trainers, ranks: int, optimizer: str, compiled: bool) -> None:
+    spec = tiny_spec(optim={"name": optimizer, "lr": 0.003}, compile=compiled, **LONG)
+    whole = train(spec, "whole", ranks=ranks)
+    assert whole.returncode == 0, whole.output
+    run = train.make(spec, "killed")
+    kill_at_random(train, run, ranks, kills=2, draw=random.Random(ranks))
+    killed = train(spec, "killed", ranks=ranks)
+    assert killed.returncode == 0, killed.output
+    assert killed.losses() == whole.losses()
+    assert last_weights(run) == last_weights(whole.run)
+    assert all(e.difference == 0 for e in killed.of_type(Resumed))
+    replayed = [e.replay_difference for e in killed.of_type(Step) if e.replay_difference is not None]
+    assert replayed
+    assert set(replayed) == {0.0}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks(train: Trainers) -> None:
+    spec = tiny_spec(optim={"name": "muon", "lr": 0.003}, **LONG | {"max_steps": 90})
+    whole = train(spec, "whole")
+    run = train.make(spec, "moved")
+    kill_at_random(train, run, 2, kills=1, draw=random.Random(5))
+    moved = train(spec, "moved")
+    assert moved.returncode == 0, moved.output
+    assert moved.losses().keys() == whole.losses().keys()
+    for step, loss in whole.losses().items():
+        assert moved.losses()[step] == pytest.approx(loss, abs=1e-2 * loss)
+
+
+@pytest.mark.parametrize(("how", "reason"), [("cancel", "cancel"), ("SIGTERM", "pause")])
+def test_a_stop_leaves_a_checkpoint_of_the_last_step(train: Trainers, how: str, reason: str) -> None:
+    run = train.make(tiny_spec(max_steps=100_000), "run")
+    process = train.start(run)
+    wait_for_step(run, 8, attempt=1)
+    if how == "SIGTERM":
+        process.terminate()
+    else:
+        run.attempt(1).stop.write_text(how)
+    output, _ = process.communicate(timeout=60)
+    stopped = list(run.events())[-1]
+    assert isinstance(stopped, Stopped), output
+    assert stopped.reason == reason
+    assert list_checkpoints(run)[-1].step == stopped.step
+    assert process.returncode == 0
+
+
+def test_a_resume_with_a_changed_model_is_refused_saying_what_differs(train: Trainers) -> None:
+    train(tiny_spec(max_steps=5), "run")
+    model = {"preset": "llama-tiny", "block_size": 32, "n_layer": 3, "n_embd": 32, "n_head": 4}
+    changed = train(tiny_spec(max_steps=9, model=model), "run")
+    failed = list(changed.run.events())[-1]
+    assert isinstance(failed, Failed)
+    assert failed.reason == "user_error"
+    assert "n_layer 2, now 3" in failed.message
+
+
+def test_a_rank_that_is_killed_ends_all_and_is_named(train: Trainers) -> None:
+    run = train.make(tiny_spec(max_steps=100_000), "run")
+    process = train.start(run, ranks=2)
+    wait_for_step(run, 3, attempt=1)
+    ranks = rank_processes(process.pid)
+    began = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=40)
+    assert time.monotonic() - began < 30
+    assert process.returncode != 0
+    assert not psutil.pid_exists(ranks[0])
+    assert "local_rank: 1) exitcode: -9" in " ".join(output.split()).replace(" :", ":"), output
+
+
+def rank_processes(launcher: int) -> dict[int, int]:
+    """Process ids of torchrun's ranks, by rank; of a process without torchrun none."""
+    children = psutil.Process(launcher).children()
+    return {int(rank): child.pid for child in children if (rank := child.environ().get("RANK")) is not None}
