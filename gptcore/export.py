@@ -19,11 +19,12 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
-from gptcore.native import native_class, native_config
+from gptcore.native import native_class, native_config, native_tensors
 from gptcore.spec import ModelSpec
 from gptcore.tokenizer import GPT2_EOT, gpt2_ranks
 
 EOT_TEXT = "<|endoftext|>"
+VOCAB_TABLES = ("wte.weight", "lm_head.weight")
 
 
 def export_model(
@@ -55,63 +56,12 @@ def export_model(
 
 def native_weights(spec: ModelSpec, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors by the native class's names. weights: as in a checkpoint, float32."""
-    name, _ = native_class(spec)
-    cut = dict(weights)
-    for table in ("wte.weight", "lm_head.weight"):
-        if table in cut:
-            cut[table] = cut[table][: spec.vocab_size]
-    if spec.tie_embeddings:
-        cut.pop("lm_head.weight", None)
-    return _gpt2_weights(spec, cut) if name == "GPT2LMHeadModel" else _rotary_weights(spec, cut)
-
-
-def _gpt2_weights(spec: ModelSpec, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the `transformer.` prefix, as GPT-2's own file: MLX reads only that form.
-
-    Conv1D keeps (inputs, outputs), so every matrix is turned.
-    """
-    out = {"wte.weight": weights["wte.weight"], "wpe.weight": weights["wpe.weight"]}
-    out |= {"ln_f.weight": weights["final_norm.weight"], "ln_f.bias": weights["final_norm.bias"]}
-    if "lm_head.weight" in weights:
-        out["lm_head.weight"] = weights["lm_head.weight"]
-    for i in range(spec.n_layer):
-        ours, theirs = f"blocks.{i}.", f"h.{i}."
-        qkv = [weights[f"{ours}attn.{x}.weight"] for x in "qkv"]
-        out[f"{theirs}attn.c_attn.weight"] = torch.cat(qkv).t()
-        out[f"{theirs}attn.c_attn.bias"] = torch.cat([weights[f"{ours}attn.{x}.bias"] for x in "qkv"])
-        for a, b in (("attn.o", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
-            out[f"{theirs}{b}.weight"] = weights[f"{ours}{a}.weight"].t()
-            out[f"{theirs}{b}.bias"] = weights[f"{ours}{a}.bias"]
-        for a, b in (("attn_norm", "ln_1"), ("mlp_norm", "ln_2")):
-            out[f"{theirs}{b}.weight"] = weights[f"{ours}{a}.weight"]
-            out[f"{theirs}{b}.bias"] = weights[f"{ours}{a}.bias"]
-    return out
-
-
-_ROTARY_NAMES = {
-    "attn.q.": "self_attn.q_proj.", "attn.k.": "self_attn.k_proj.", "attn.v.": "self_attn.v_proj.",
-    "attn.o.": "self_attn.o_proj.", "attn.q_norm.": "self_attn.q_norm.", "attn.k_norm.": "self_attn.k_norm.",
-    "attn_norm.": "input_layernorm.", "mlp_norm.": "post_attention_layernorm.",
-    "mlp.gate.": "mlp.gate_proj.", "mlp.up.": "mlp.up_proj.", "mlp.down.": "mlp.down_proj.",
-}  # fmt: skip
-_NANOCHAT_NAMES = _ROTARY_NAMES | {"mlp.up.": "mlp.fc1.", "mlp.down.": "mlp.fc2."}
-_OUTER_NAMES = {
-    "wte.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
-}  # fmt: skip
-
-
-def _rotary_weights(spec: ModelSpec, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Llama, Qwen3 and NanoChat: one naming, but for NanoChat's MLP."""
-    inner = _NANOCHAT_NAMES if spec.mlp == "relu2" else _ROTARY_NAMES
     out = {}
-    for name, tensor in weights.items():
-        if name in _OUTER_NAMES:
-            out[_OUTER_NAMES[name]] = tensor
-            continue
-        _, layer, rest = name.split(".", 2)
-        module = rest[: rest.rindex(".") + 1]
-        out[f"model.layers.{layer}.{inner[module]}{rest[len(module) :]}"] = tensor
+    for native in native_tensors(spec):
+        tensor = torch.cat([weights[name] for name in native.ours])
+        if native.ours[0] in VOCAB_TABLES:
+            tensor = tensor[: spec.vocab_size]
+        out[native.name] = tensor.t() if native.turned else tensor
     return out
 
 

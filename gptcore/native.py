@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from gptcore.spec import ModelSpec
@@ -110,3 +111,60 @@ def native_config(model: ModelSpec, tokenizer: str) -> dict[str, Any]:
     if name == "Qwen3ForCausalLM":
         return rotary | {"use_sliding_window": False}
     return rotary | {"hidden_act": "relu2", "final_logit_softcapping": model.logit_softcap}
+
+
+@dataclass(frozen=True)
+class NativeTensor:
+    """One tensor of the native class and ours that it holds, joined along the outputs."""
+
+    name: str
+    ours: tuple[str, ...]
+    turned: bool = False  # GPT-2's Conv1D keeps (inputs, outputs)
+
+
+def native_tensors(model: ModelSpec) -> list[NativeTensor]:
+    """Every tensor of the class that holds `model`: the one table for export and import.
+
+    GPT-2 goes without the `transformer.` prefix, as its own file does: MLX reads only that form.
+    """
+    name, reason = native_class(model)
+    assert name is not None, reason
+    return _gpt2_tensors(model) if name == "GPT2LMHeadModel" else _rotary_tensors(model)
+
+
+def _gpt2_tensors(model: ModelSpec) -> list[NativeTensor]:
+    found = [NativeTensor("wte.weight", ("wte.weight",)), NativeTensor("wpe.weight", ("wpe.weight",))]
+    found += [NativeTensor(f"ln_f.{kind}", (f"final_norm.{kind}",)) for kind in ("weight", "bias")]
+    if not model.tie_embeddings:
+        found.append(NativeTensor("lm_head.weight", ("lm_head.weight",)))
+    modules = {
+        "attn.c_attn": ("attn.q", "attn.k", "attn.v"), "attn.c_proj": ("attn.o",), "mlp.c_fc": ("mlp.up",),
+        "mlp.c_proj": ("mlp.down",), "ln_1": ("attn_norm",), "ln_2": ("mlp_norm",),
+    }  # fmt: skip
+    for i in range(model.n_layer):
+        for theirs, ours in modules.items():
+            for kind in ("weight", "bias"):
+                turned = kind == "weight" and not theirs.startswith("ln")
+                names = tuple(f"blocks.{i}.{x}.{kind}" for x in ours)
+                found.append(NativeTensor(f"h.{i}.{theirs}.{kind}", names, turned))
+    return found
+
+
+def _rotary_tensors(model: ModelSpec) -> list[NativeTensor]:
+    """Llama, Qwen3 and NanoChat: one naming, but for NanoChat's MLP."""
+    gained = model.norm == "rmsnorm"
+    found = [NativeTensor("model.embed_tokens.weight", ("wte.weight",))]
+    found += [NativeTensor("model.norm.weight", ("final_norm.weight",))] if gained else []
+    found += [] if model.tie_embeddings else [NativeTensor("lm_head.weight", ("lm_head.weight",))]
+    modules = {f"attn.{x}": f"self_attn.{x}_proj" for x in "qkvo"}
+    modules |= {"mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"} if model.mlp == "relu2" else {
+        "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"
+    }  # fmt: skip
+    norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    norms |= {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"} if model.qk_norm else {}
+    for i in range(model.n_layer):
+        for ours, theirs in (modules | (norms if gained else {})).items():
+            biased = model.attention_bias if ours.startswith("attn.") else model.mlp_bias
+            for kind in ("weight", "bias") if biased and ours in modules else ("weight",):
+                found.append(NativeTensor(f"model.layers.{i}.{theirs}.{kind}", (f"blocks.{i}.{ours}.{kind}",)))
+    return found

@@ -209,7 +209,9 @@ class SampleSpec(Spec):
 class InitSpec(Spec):
     """Where the first weights come from."""
 
-    source: str = Field(min_length=1, max_length=500, description="a job id or a Hub folder in the runs root")
+    source: str = Field(
+        min_length=1, max_length=500, description="a job id, a Hub folder in the runs root, or hf://owner/name"
+    )
     optimizer: bool = Field(False, description="also its optimiser state and counters: extends the run")
 
 
@@ -244,7 +246,7 @@ class TrainSpec(JobBase):
     checkpoint: CheckpointSpec = CheckpointSpec()
     sample: SampleSpec | None = None
     init_from: InitSpec | None = None
-    profile_steps: tuple[int, int] | None = Field(None, description="first and last step traced")
+    profile_steps: tuple[int, int] | None = Field(None, description="first and last step traced by torch.profiler")
     publish: None = Field(None, description="reserved; must be null")
 
     @field_validator("micro_batch_size")
@@ -253,6 +255,13 @@ class TrainSpec(JobBase):
         if isinstance(value, int) and value < 1:
             raise ValueError(f'micro_batch_size {value} is not positive; use 1 or more, or "auto"')
         return value
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError(f"profile_steps {list(steps)} is no range; give the first and the last step, from 1")
+        return steps
 
     @property
     def world_size(self) -> int:

@@ -28,12 +28,14 @@ from gptcore.failure import Diverged
 from gptcore.model import GPT
 from gptcore.native import native_class
 from gptcore.optim import Optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
+from gptcore.origin import load_origin
 from gptcore.plan import Plan
 from gptcore.rundir import Attempt, RunDir
 from gptcore.sample import sample
 from gptcore.spec import Problem, SpecError, TrainSpec
 from gptcore.state import TrainState
 from gptcore.tokenizer import load_tokenizer
+from gptcore.tracing import Tracer
 
 STOP_CODES = {"": 0, "pause": 1, "cancel": 2, "max_duration": 3}
 WARMUP_PASSES = 2  # discarded; after them DDP's buckets are final, so summation order is too
@@ -67,6 +69,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.saver = Saver(self.run, self.spec, self.attempt.number, self._report_saved)
         self.parameters = list(self.model.parameters())
+        trace = self.run.path / "profile" / f"rank-{self.dist.rank}-a{self.attempt.number:04d}.json"
+        self.tracer = Tracer(self.spec.profile_steps, trace)
         self.batches: Prefetcher | None = None
 
     # --- the run
@@ -102,7 +106,10 @@ class Trainer:
         self._open_batches()
         try:
             while self.state.step < self.spec.max_steps:
+                self.tracer.before(self.state.step + 1)
                 stop = self.step()
+                if self.tracer.after(self.state.step):
+                    self.report(events.Notice(message=f"trace written to {self.tracer.path}"))
                 step, last = self.state.step, self.state.step == self.spec.max_steps
                 evaluate = last or step % self.spec.evaluate.every_steps == 0
                 if evaluate or stop or step % self.spec.checkpoint.every_steps == 0:
@@ -234,6 +241,7 @@ class Trainer:
         """Take up the newest complete checkpoint, if there is one, and say how exactly it fits."""
         checkpoint = self._newest_checkpoint()
         if checkpoint is None:
+            self._begin()
             return
         self._load(checkpoint)
         self.replayed = {
@@ -250,6 +258,23 @@ class Trainer:
             )
         )  # fmt: skip
 
+    def _begin(self) -> None:
+        """First weights from another run or model, where the spec says so."""
+        init = self.spec.init_from
+        if init is None:
+            return
+        origin = load_origin(init, self.spec.model, self.run.path.parent)
+        self._copy_weights(origin.weights)
+        if origin.checkpoint is not None:
+            if origin.checkpoint.step >= self.spec.max_steps:
+                message = f"max_steps {self.spec.max_steps} is not beyond {init.source}'s step {origin.checkpoint.step}"
+                raise SpecError([Problem(pointer="/max_steps", message=f"{message}; set more steps")])
+            load_optimizer_tensors(self.model, self.optimizers, self.dist, origin.checkpoint.optimizer())
+            # the best so far lies in the other run's directory, so this one looks for its own
+            fresh = {"best_val_loss": None, "best_step": None, "evaluation_owed": False}
+            self.state = origin.checkpoint.state().model_copy(update=fresh)
+        self.report(events.Notice(message=f"weights of {init.source}, going on from step {self.state.step}"))
+
     def _newest_checkpoint(self) -> Checkpoint | None:
         found = list_checkpoints(self.run) if self.dist.first else []
         newest: Checkpoint | None = self.dist.broadcast(found[-1] if found else None)
@@ -262,11 +287,14 @@ class Trainer:
         if differing:
             message = f"{checkpoint.path.name} is of another model: {'; '.join(differing)}; start a new job"
             raise SpecError([Problem(pointer="/model", message=message)])
-        with torch.no_grad():
-            for name, tensor in checkpoint.weights().items():
-                self.model.get_parameter(name).copy_(tensor)
+        self._copy_weights(checkpoint.weights())
         load_optimizer_tensors(self.model, self.optimizers, self.dist, checkpoint.optimizer())
         self.state = checkpoint.state()
+
+    @torch.no_grad()
+    def _copy_weights(self, weights: dict[str, Tensor]) -> None:
+        for name, tensor in weights.items():
+            self.model.get_parameter(name).copy_(tensor)
 
     def _open_batches(self) -> None:
         self._close_batches()

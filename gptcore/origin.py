@@ -1,0 +1,132 @@
+"""First weights from elsewhere: another run's checkpoint, or a folder that `transformers` wrote.
+
+The reverse of `gptcore.export`: importing and exporting gives back the same tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gptcore.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
+from gptcore.export import VOCAB_TABLES
+from gptcore.native import native_tensors
+from gptcore.rundir import RunDir
+from gptcore.spec import InitSpec, ModelSpec, Problem, SpecError
+
+_HUB_PREFIX = "hf://"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Weights by our names; a checkpoint too where the optimiser's state is wanted."""
+
+    weights: dict[str, Tensor]
+    checkpoint: Checkpoint | None
+
+
+def load_origin(init: InitSpec, model: ModelSpec, runs: Path) -> Origin:
+    """What `init_from` names. Raises SpecError where it is not there or is of another shape."""
+    folder = _folder(init.source, runs)
+    if (folder / "config.json").is_file():
+        if init.optimizer:
+            raise _refusal(f"{init.source} is a Hub folder, which has no optimiser state; leave optimizer out")
+        config = json.loads((folder / "config.json").read_text())
+        _compare(init.source, model.model_dump(), fields_of_config(config))
+        return Origin(import_weights(model, _safetensors(folder)), None)
+    checkpoints = list_checkpoints(RunDir(folder))
+    if not checkpoints:
+        raise _refusal(f"{init.source} has neither config.json nor a complete checkpoint in {folder}")
+    newest = checkpoints[-1]
+    chosen = newest if init.optimizer else best_checkpoint(RunDir(folder), newest.state()) or newest
+    theirs = chosen.meta()["spec"]["model"]
+    _compare(init.source, model.model_dump(), {k: v for k, v in theirs.items() if k not in ("preset", "init")})
+    return Origin(chosen.weights(), chosen if init.optimizer else None)
+
+
+def _folder(source: str, runs: Path) -> Path:
+    if source.startswith(_HUB_PREFIX):
+        from huggingface_hub import snapshot_download
+
+        repo, _, revision = source.removeprefix(_HUB_PREFIX).partition("@")
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]))
+    folder = (runs / source).resolve()
+    if not folder.is_relative_to(runs.resolve()) or not folder.is_dir():
+        raise _refusal(f"{source} is no folder of {runs}; give a job's id, a folder there, or hf://owner/name")
+    return folder
+
+
+def _compare(source: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    differing = [f"{key} is {theirs[key]!r} there, {ours[key]!r} here" for key in theirs if theirs[key] != ours[key]]
+    if differing:
+        raise _refusal(f"{source} is a model of another shape: {'; '.join(differing)}")
+
+
+def _refusal(message: str) -> SpecError:
+    return SpecError([Problem(pointer="/init_from/source", message=message)])
+
+
+def _safetensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    if not tensors:
+        raise _refusal(f"{folder} holds no *.safetensors; convert the weights with transformers' save_pretrained")
+    return tensors
+
+
+def fields_of_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a ModelSpec that a native class's config.json fixes."""
+    architecture = config["architectures"][0]
+    if architecture == "GPT2LMHeadModel":
+        return {
+            "vocab_size": config["vocab_size"], "block_size": config["n_positions"],
+            "n_layer": config["n_layer"], "n_head": config["n_head"], "n_embd": config["n_embd"],
+            "n_hidden": config.get("n_inner") or 4 * config["n_embd"],
+            "norm": "layernorm", "norm_eps": config["layer_norm_epsilon"], "position": "learned", "mlp": "gelu",
+            "attention_bias": True, "mlp_bias": True, "tie_embeddings": config.get("tie_word_embeddings", True),
+        }  # fmt: skip
+    rope = config.get("rope_parameters") or {}
+    heads = config["num_attention_heads"]
+    fields = {
+        "vocab_size": config["vocab_size"], "block_size": config["max_position_embeddings"],
+        "n_layer": config["num_hidden_layers"], "n_head": heads, "n_kv_head": config["num_key_value_heads"],
+        "n_embd": config["hidden_size"], "n_hidden": config["intermediate_size"],
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "norm_eps": config["rms_norm_eps"], "position": "rope",
+        "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10_000.0),
+        "attention_bias": config.get("attention_bias", False),
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+    }  # fmt: skip
+    switches: dict[str, dict[str, Any]] = {
+        "LlamaForCausalLM": {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": False, "rope_direction": "forward",
+                             "mlp_bias": config.get("mlp_bias", False)},
+        "Qwen3ForCausalLM": {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "rope_direction": "forward"},
+        "NanoChatForCausalLM": {"norm": "rmsnorm_plain", "mlp": "relu2", "qk_norm": True, "embed_norm": True,
+                                "rope_direction": "backward",
+                                "logit_softcap": config.get("final_logit_softcapping")},
+    }  # fmt: skip
+    if architecture not in switches:
+        known = ", ".join(["GPT2LMHeadModel", *switches])
+        raise _refusal(f"its class is {architecture}; those that can be imported are {known}")
+    return fields | switches[architecture]
+
+
+def import_weights(model: ModelSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A native class's tensors by our names, float32, the vocabulary padded with zeros."""
+    tensors = {name.removeprefix("transformer."): tensor.float() for name, tensor in tensors.items()}
+    out: dict[str, Tensor] = {}
+    for native in native_tensors(model):
+        tensor = tensors[native.name].t() if native.turned else tensors[native.name]
+        out |= dict(zip(native.ours, tensor.chunk(len(native.ours)), strict=True))
+    for table in VOCAB_TABLES:
+        if table in out:
+            padding = model.padded_vocab_size - len(out[table])
+            out[table] = torch.cat((out[table], out[table].new_zeros(padding, model.n_embd)))
+    return out

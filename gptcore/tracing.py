@@ -1,0 +1,35 @@
+"""A torch.profiler trace of some steps: `profile_steps` in the spec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+class Tracer:
+    """Traces this rank from before step `first` until after step `last`, then writes one file."""
+
+    def __init__(self, steps: tuple[int, int] | None, path: Path):
+        self._steps, self.path = steps, path
+        self._profile: profile | None = None
+
+    def before(self, step: int) -> None:
+        """Call with the number of the step about to run."""
+        if self._steps and step == self._steps[0]:
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities, profile_memory=True)
+            self._profile.__enter__()
+
+    def after(self, step: int) -> bool:
+        """Call with the number of the step just run; True once the trace has been written."""
+        if self._profile is None or self._steps is None or step < self._steps[1]:
+            return False
+        self._profile.__exit__(None, None, None)
+        self.path.parent.mkdir(exist_ok=True)
+        self._profile.export_chrome_trace(str(self.path))
+        self._profile = None
+        return True

@@ -1,0 +1,97 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gptcore.events import Evaluated, Failed, Finished, Notice, Step
+from gptcore.export import native_weights
+from gptcore.model import GPT
+from gptcore.native import native_config
+from gptcore.origin import load_origin
+from gptcore.spec import InitSpec, ModelSpec, SpecError
+from tests.gptcore.conftest import FAMILIES, Trainers, tiny_model, tiny_spec
+
+
+def saved_by_transformers(spec: ModelSpec, folder: Path) -> Any:
+    """A randomly initialised native model, written by its own library."""
+    torch.manual_seed(0)
+    native = AutoModelForCausalLM.from_config(AutoConfig.for_model(**native_config(spec, "bytes")))
+    with torch.no_grad():
+        for parameter in native.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    native.save_pretrained(folder)
+    return native.eval()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_import_and_export_give_the_same_tensors_and_logits(tmp_path: Path, family: str, tied: bool) -> None:
+    spec = tiny_model(family, tie_embeddings=tied, vocab_size=256)
+    native = saved_by_transformers(spec, tmp_path / "theirs")
+    origin = load_origin(InitSpec(source="theirs"), spec, tmp_path)
+    ours = GPT(spec)
+    ours.load_state_dict(origin.weights, strict=False)
+    tokens = torch.randint(0, 256, (2, 64))
+    with torch.no_grad():
+        assert (ours.logits(tokens) - native(tokens).logits).abs().max() < 1e-5 * native(tokens).logits.abs().max()
+    exported = native_weights(spec, origin.weights)
+    theirs = {name.removeprefix("transformer."): p for name, p in native.named_parameters()}
+    assert exported.keys() == theirs.keys()
+    assert all(torch.equal(exported[name], theirs[name]) for name in theirs)
+
+
+def refused(init: InitSpec, spec: ModelSpec, runs: Path) -> str:
+    with pytest.raises(SpecError) as caught:
+        load_origin(init, spec, runs)
+    [problem] = caught.value.problems
+    assert problem.pointer == "/init_from/source"
+    return problem.message
+
+
+def test_a_model_of_another_shape_is_refused_with_every_difference(tmp_path: Path) -> None:
+    saved_by_transformers(tiny_model("llama", vocab_size=256), tmp_path / "theirs")
+    other = tiny_model("llama", vocab_size=256, n_layer=3, rope_theta=500.0)
+    message = refused(InitSpec(source="theirs"), other, tmp_path)
+    assert "n_layer is 2 there, 3 here" in message
+    assert "rope_theta is 10000.0 there, 500.0 here" in message
+
+
+@pytest.mark.parametrize("source", ["nowhere", "../../etc", "empty"])
+def test_a_source_that_is_not_there_is_refused(tmp_path: Path, source: str) -> None:
+    (tmp_path / "runs" / "empty").mkdir(parents=True)
+    refused(InitSpec(source=source), tiny_model("llama"), tmp_path / "runs")
+
+
+def test_a_run_is_extended_with_its_optimiser_as_if_it_had_never_ended(train: Trainers) -> None:
+    constant = {"lr": 0.003, "warmup_steps": 3, "schedule": "constant"}
+    long = train(tiny_spec(max_steps=30, optim=constant), "long")
+    train(tiny_spec(max_steps=20, optim=constant), "short")
+    more = train(tiny_spec(max_steps=30, optim=constant, init_from={"source": "short", "optimizer": True}), "more")
+    assert isinstance(list(more.run.events())[-1], Finished), more.output
+    assert more.losses() == {step: loss for step, loss in long.losses().items() if step > 20}
+
+
+def test_a_branch_starts_from_the_weights_alone(train: Trainers) -> None:
+    first = train(tiny_spec(), "first")
+    branch = train(tiny_spec(init_from={"source": "first"}, max_steps=10), "branch")
+    assert branch.of_type(Step)[0].step == 1
+    assert branch.of_type(Step)[0].train_loss < first.losses()[1] - 0.5
+    assert branch.of_type(Notice)
+
+
+def test_extending_to_no_more_steps_is_refused(train: Trainers) -> None:
+    train(tiny_spec(max_steps=10), "first")
+    again = train(tiny_spec(max_steps=10, init_from={"source": "first", "optimizer": True}), "again")
+    failed = list(again.run.events())[-1]
+    assert isinstance(failed, Failed)
+    assert failed.reason == "user_error"
+    assert "max_steps 10" in failed.message
+    assert not again.of_type(Evaluated)
+
+
+def test_traced_steps_leave_a_file(train: Trainers) -> None:
+    done = train(tiny_spec(max_steps=5, profile_steps=[2, 3]))
+    [trace] = (done.run.path / "profile").iterdir()
+    assert "ProfilerStep" in trace.read_text() or "aten::" in trace.read_text()
