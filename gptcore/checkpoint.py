@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -145,8 +146,8 @@ class Saver:
         try:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
-            save_file(weights, beside / "model.safetensors")
-            save_file(moments, beside / "optimizer.safetensors")
+            _write_tensors(weights, beside / "model.safetensors")
+            _write_tensors(moments, beside / "optimizer.safetensors")
             meta["sizes"] = {p.name: p.stat().st_size for p in sorted(beside.iterdir())}
             (beside / "state.json").write_text(json.dumps(meta))
             size = sum(p.stat().st_size for p in beside.iterdir())
@@ -168,6 +169,17 @@ class Saver:
         for old in checkpoints[: -self._spec.checkpoint.keep]:
             if old.step != best:
                 shutil.rmtree(old.path)
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """save_file, with a full disk as the OSError that it is; safetensors hides its number in a text."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as problem:
+        number = re.search(r"os error (\d+)", str(problem))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from problem
 
 
 def _sync(path: Path) -> None:

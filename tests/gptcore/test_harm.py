@@ -1,0 +1,132 @@
+"""What the run does when something harms it: bad batches, a full disk."""
+
+import math
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptcore import guard
+from gptcore.checkpoint import list_checkpoints
+from gptcore.dataset import read_dataset
+from gptcore.dist import Dist
+from gptcore.events import Finished, Notice, RolledBack, Skipped, Step
+from gptcore.failure import Diverged
+from gptcore.plan import resolve
+from gptcore.rundir import RunDir
+from gptcore.setup import build
+from gptcore.spec import TrainSpec
+from gptcore.train import Trainer
+from tests.gptcore.conftest import Trainers, tiny_spec
+
+
+class Harmed:
+    """Attempts at one run in this process, with gradients that go bad at chosen positions."""
+
+    def __init__(self, spec: TrainSpec, home: Path, run: RunDir):
+        self.spec, self.home, self.run = resolve(spec, home / "datasets"), home, run
+        self.events: list[Any] = []
+
+    def attempt(self, bad: dict[int, float], stop_after: int | None = None) -> Trainer:
+        """bad: loss by the position (sequences consumed) of the batch it happens to."""
+        attempt = self.run.claim_attempt()
+        dataset = read_dataset(self.home / "datasets", "small")
+        assert dataset is not None
+        dist = Dist(0, 0, 1, torch.device("cpu"))
+        trainer = build(self.spec, dataset, dist, self.run, attempt, self.events.append)
+        healthy = trainer._accumulate_gradients
+
+        def accumulate() -> tuple[torch.Tensor, float]:
+            if stop_after is not None and trainer.state.step >= stop_after:
+                attempt.stop.write_text("pause")
+            loss, waited = healthy()
+            return (torch.tensor(bad.get(trainer.state.position, loss.item()))), waited
+
+        trainer._accumulate_gradients = accumulate  # type: ignore[method-assign]
+        trainer.train()
+        return trainer
+
+    def of_type(self, kind: type) -> list[Any]:
+        return [e for e in self.events if isinstance(e, kind)]
+
+
+@pytest.fixture
+def harmed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harmed]:
+    monkeypatch.setenv("TRAINMASTER_HOME", str(home))
+    monkeypatch.setattr(guard, "WINDOW", 12)
+    spec = tiny_spec(max_steps=40, checkpoint={"every_steps": 5}, optim={"lr": 0.001})
+    yield Harmed(spec, home, RunDir(tmp_path / "run"))
+
+
+PER_STEP = 512 // 32
+
+
+@pytest.mark.parametrize(("loss", "reason"), [(math.nan, "non_finite"), (math.inf, "non_finite"), (50.0, "spike")])
+def test_a_bad_batch_is_skipped_and_its_step_consumed(harmed: Harmed, loss: float, reason: str) -> None:
+    trainer = harmed.attempt({20 * PER_STEP: loss})
+    [skipped] = harmed.of_type(Skipped)
+    assert (skipped.step, skipped.reason) == (21, reason)
+    assert [e.step for e in harmed.of_type(Step)] == [*range(1, 21), *range(22, 41)]
+    assert isinstance(harmed.events[-1], Finished)
+    assert trainer.state.batches_skipped == 1
+    assert trainer.state.position == 40 * PER_STEP
+
+
+def test_a_skipped_update_leaves_the_weights_alone(harmed: Harmed) -> None:
+    before = harmed.attempt({}, stop_after=20)
+    weights = {n: p.detach().clone() for n, p in before.model.named_parameters()}
+    after = harmed.attempt({before.state.position: math.nan}, stop_after=before.state.step)
+    assert after.state.step == before.state.step + 1
+    assert all(torch.equal(p, weights[n]) for n, p in after.model.named_parameters())
+
+
+def test_bad_batches_in_a_row_lead_back_and_are_passed_over(harmed: Harmed) -> None:
+    first_bad = 22
+    bad = {step * PER_STEP: math.nan for step in range(first_bad, first_bad + guard.SKIPS_BEFORE_ROLLBACK)}
+    trainer = harmed.attempt(bad)
+    [back] = harmed.of_type(RolledBack)
+    assert (back.from_step, back.to_step, back.batches_passed_over) == (27, 25, 2)
+    assert isinstance(harmed.events[-1], Finished)
+    # the steps went back by two, the data did not
+    assert trainer.state.position == (40 + 2) * PER_STEP
+
+
+def test_a_run_harmed_across_a_resume_ends_as_the_undisturbed_one(harmed: Harmed, home: Path, tmp_path: Path) -> None:
+    bad = {step * PER_STEP: math.nan for step in (*range(22, 27), 33)}
+    whole = harmed.attempt(bad)
+    parts = Harmed(harmed.spec, home, RunDir(tmp_path / "parts"))
+    for stop_after in (18, 23, 26, 34):
+        parts.attempt(bad, stop_after=stop_after)
+    resumed = parts.attempt(bad)
+    assert resumed.state == whole.state
+    assert len(parts.of_type(RolledBack)) == 1
+    for (name, p), (_, q) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_rollbacks_are_capped_and_the_way_out_is_named(harmed: Harmed) -> None:
+    with pytest.raises(Diverged, match=r"after 3 rollbacks; lower lr"):
+        harmed.attempt({step * PER_STEP: math.nan for step in range(10, 500)})
+    assert len(harmed.of_type(RolledBack)) == guard.MAX_ROLLBACKS
+
+
+def test_a_full_disk_ends_the_save_and_leaves_the_older_checkpoint_whole(train: Trainers, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk]).returncode:
+        pytest.skip("a small disk can be mounted only by root")
+    try:
+        small = Trainers(train.home, disk)
+        done = small(tiny_spec(max_steps=20, checkpoint={"every_steps": 5, "keep": 20}), "run")
+        warnings = [e.message for e in done.of_type(Notice)]
+        assert any("not saved" in w and "No space left" in w for w in warnings), done.output
+        kept = list_checkpoints(done.run)
+        assert kept
+        assert kept[0].weights()
+        assert "disk_full" in done.output
+    finally:
+        subprocess.run(["umount", disk], check=True)
