@@ -1,0 +1,309 @@
+"""Processes, signals and an absent Redis around a trainer that only pretends; `test_end_to_end.py` trains."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+from rq import Queue
+from rq.job import JobStatus
+from rq.serializers import JSONSerializer
+
+from gptcore.events import Finished, JsonlReport, parse_event, read_lines
+from gptcore.rundir import RunDir
+from gptcore.spec import parse_spec
+from tests.conftest import wait_until
+from tests.worker.conftest import Worker, node, start, train_spec
+from worker.job import Job, JobError
+from worker.processes import living
+from worker.settings import Settings
+from worker.store import Store
+from worker.tasks import FUNCTION, TicketJob
+
+StartWorker = Callable[[Settings], Worker]
+
+
+def submit(store: Store, **labels: str) -> str:
+    return store.create_job(parse_spec(train_spec(labels=labels)), None)[0].id
+
+
+def submit_long(store: Store, **changes: Any) -> str:
+    return store.create_job(parse_spec(train_spec(max_steps=5000, **changes)), None)[0].id
+
+
+def ended(store: Store, job_id: str) -> Job:
+    wait_until(lambda: store.get_job(job_id).ended)
+    return store.get_job(job_id)
+
+
+def at_step(store: Store, job_id: str, step: int) -> None:
+    wait_until(lambda: store.get_job(job_id).step >= step)
+
+
+def statuses(store: Store, job_id: str) -> list[str]:
+    return [change.to_status for change in store.status_changes(job_id)]
+
+
+def written(settings: Settings, job_id: str) -> list[str]:
+    """Every line of every attempt's events.jsonl."""
+    attempts = RunDir(settings.runs / job_id).attempts()
+    return [line for attempt in attempts if attempt.events.exists() for _, line in read_lines(attempt.events)]
+
+
+def shipped(store: Store, job_id: str) -> list[str]:
+    return [line for _, line in store.read_events(job_id, count=100_000)]
+
+
+def horse(job_id: str) -> int:
+    """The launcher's process: the parent of the trainer."""
+    (trainer,) = [p for p in wait_until(lambda: living(job_id)) if "fake_trainer" in " ".join(p.cmdline())]
+    return int(trainer.ppid())
+
+
+def test_a_job_runs_and_the_stream_is_the_file(store: Store, fake: Settings, start_worker: StartWorker) -> None:
+    start_worker(fake)
+    job = ended(store, submit(store))
+    assert (job.status, job.step, job.tokens_seen, job.progress) == ("succeeded", 12, 12 * 256, 1.0)
+    assert statuses(store, job.id) == ["queued", "starting", "running", "succeeded"]
+    assert shipped(store, job.id) == written(fake, job.id) != []
+    assert store.list_nodes()[0].slots[0].job_id is None
+
+
+def test_a_trainer_that_dies_fails_with_its_last_words_and_the_next_job_runs(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(fake)
+    dying, next_one = submit(store, dies="9"), submit(store)
+    job = ended(store, dying)
+    assert (job.status, job.attempt) == ("failed", fake.max_attempts)
+    assert job.error is not None and job.error.log[-1] == "the last words"
+    assert "3 times in a row" in job.error.message
+    assert ended(store, next_one).status == "succeeded"
+
+
+def test_an_attempt_that_saved_a_checkpoint_does_not_count_against_the_next(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(fake)
+    job = ended(store, submit(store, dies="4", save="9"))
+    assert (job.status, job.attempt) == ("succeeded", 5)
+    assert shipped(store, job.id) == written(fake, job.id)
+
+
+def test_an_old_checkpoint_does_not_excuse_new_deaths(store: Store, fake: Settings, start_worker: StartWorker) -> None:
+    start_worker(fake)
+    job = ended(store, submit(store, dies="9", save="1"))
+    assert (job.status, job.attempt) == ("failed", fake.max_attempts)
+
+
+@pytest.mark.parametrize(("reason", "attempts"), [("user_error", 1), ("crash", 3)])
+def test_only_what_another_attempt_may_mend_is_tried_again(
+    store: Store, fake: Settings, start_worker: StartWorker, reason: str, attempts: int
+) -> None:
+    start_worker(fake)
+    job = ended(store, submit(store, fails=reason))
+    assert (job.status, job.attempt) == ("failed", attempts)
+    assert job.error is not None and job.error.reason == reason and "as it was told" in job.error.message
+
+
+def test_cancel_ends_a_run_and_every_process_of_it(store: Store, fake: Settings, start_worker: StartWorker) -> None:
+    start_worker(fake)
+    job_id = submit_long(store, labels={"stubborn_child": "yes"})
+    at_step(store, job_id, 5)
+    assert len(living(job_id)) == 2
+    began = time.monotonic()
+    assert store.request_cancel(job_id).status == "cancelling"
+    job = ended(store, job_id)
+    assert job.status == "cancelled" and living(job_id) == []
+    assert time.monotonic() - began < fake.grace_seconds + 10
+    assert '"type":"stopped"' in shipped(store, job_id)[-1]
+
+
+@pytest.mark.slow
+def test_a_trainer_deaf_to_the_stop_file_is_killed_after_its_grace(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(fake)
+    job_id = submit_long(store, labels={"deaf": "yes"})
+    at_step(store, job_id, 1)
+    store.request_cancel(job_id)
+    assert ended(store, job_id).status == "cancelled" and living(job_id) == []
+
+
+def test_max_duration_ends_a_run_and_says_how_far_it_came(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(fake)
+    job = ended(store, submit_long(store, resources={"max_duration_seconds": 1.0}))
+    assert job.status == "failed" and job.error is not None and job.error.reason == "max_duration"
+    assert "of 5000 steps" in job.error.message
+
+
+def test_a_killed_launcher_is_followed_by_another_attempt(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(fake)
+    job_id = submit_long(store)
+    at_step(store, job_id, 5)
+    began = time.monotonic()
+    os.kill(horse(job_id), signal.SIGKILL)
+    wait_until(lambda: store.get_job(job_id).attempt == 2 and store.get_job(job_id).status == "running")
+    assert time.monotonic() - began < 10
+    assert statuses(store, job_id)[3:] == ["recovering", "starting", "running"]
+    at_step(store, job_id, 5)
+    # the first attempt, told by the kernel that its launcher died, ended before the second began
+    lines = shipped(store, job_id)
+    first = [line for line in lines if '"attempt":1,' in line]
+    assert '"type":"stopped"' in first[-1] and lines[: len(first)] == first
+    store.request_cancel(job_id)
+    assert ended(store, job_id).status == "cancelled"
+    assert shipped(store, job_id) == written(fake, job_id)
+
+
+def test_a_launcher_whose_attempt_was_given_up_stops_before_the_next_begins(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(fake)
+    job_id = submit_long(store)
+    at_step(store, job_id, 5)
+    store.lose(job_id, 1, 3, JobError(reason="lost", message="nobody heard of it"), who="scheduler")
+    wait_until(lambda: store.get_job(job_id).attempt == 2 and store.get_job(job_id).status == "running")
+    store.request_cancel(job_id)
+    assert ended(store, job_id).status == "cancelled"
+    first, second = ([line for line in written(fake, job_id) if f'"attempt":{n},' in line] for n in (1, 2))
+    assert parse_event(first[-1]).type == "stopped"
+    assert parse_event(first[-1]).time < parse_event(second[0]).time
+    assert shipped(store, job_id) == first + second
+
+
+def test_a_run_that_finished_unseen_is_not_run_again(store: Store, fake: Settings, start_worker: StartWorker) -> None:
+    """The launcher died between the trainer's last event and its shipping."""
+    store.register_node(node("gone", 1))
+    job_id = submit(store)
+    start(store, job_id)
+    report = JsonlReport(RunDir(fake.runs / job_id).claim_attempt().events, 1)
+    report(Finished(step=12, seconds=1.0))
+    report.close()
+    store.lose(job_id, 1, 3, JobError(reason="lost", message="killed"), who="scheduler")
+    store.retire_node("gone")
+    start_worker(fake)
+    assert ended(store, job_id).status == "succeeded"
+    assert shipped(store, job_id) == written(fake, job_id) and len(shipped(store, job_id)) == 1
+
+
+def test_a_drained_worker_gives_its_job_back_and_leaves_no_process(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    worker = start_worker(fake)
+    job_id = submit_long(store)
+    at_step(store, job_id, 3)
+    began = time.monotonic()
+    assert worker.stop() == [] and living(job_id) == []
+    assert time.monotonic() - began < fake.grace_seconds + 5  # told, not waited for and killed
+    job = store.get_job(job_id)
+    assert (job.status, job.status_reason) == ("queued", "its worker was drained")
+    assert not any(node.live for node in store.list_nodes())
+    worker.start()
+    wait_until(lambda: store.get_job(job_id).attempt == 2)
+    at_step(store, job_id, 3)
+    store.request_cancel(job_id)
+    assert ended(store, job_id).status == "cancelled"
+
+
+@pytest.mark.slow
+def test_a_killed_slot_worker_takes_its_launcher_along_and_is_started_again(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(fake)
+    job_id = submit_long(store)
+    at_step(store, job_id, 3)
+    launcher = psutil.Process(horse(job_id))
+    launcher.parent().kill()
+    launcher.wait(10)
+    wait_until(lambda: store.get_job(job_id).attempt == 2 and store.get_job(job_id).status == "running")
+    assert statuses(store, job_id)[3:] == ["queued", "starting", "running"]
+    store.request_cancel(job_id)
+    assert ended(store, job_id).status == "cancelled"
+    assert shipped(store, job_id) == written(fake, job_id)
+
+
+def test_a_killed_agent_takes_its_workers_along_and_loses_no_job(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    worker = start_worker(fake)
+    job_id = submit_long(store)
+    at_step(store, job_id, 3)
+    assert worker.stop(signal.SIGKILL) == []
+    assert store.get_job(job_id).status == "queued"
+
+
+def test_training_goes_on_while_redis_is_away(
+    store: Store, fake: Settings, start_worker: StartWorker, redis_url: str
+) -> None:
+    start_worker(fake)
+    job_id = submit_long(store)
+    at_step(store, job_id, 3)
+    with redis.Redis.from_url(redis_url) as client:
+        client.execute_command("CLIENT PAUSE 3500 ALL")
+    before = len(written(fake, job_id))
+    wait_until(lambda: len(written(fake, job_id)) > before + 50)  # a second's worth of steps
+    wait_until(lambda: _answers(store))
+    wait_until(lambda: store.get_job(job_id).step > before + 50)
+    job = store.get_job(job_id)
+    assert (job.status, job.attempt) == ("running", 1)
+    store.request_cancel(job_id)
+    ended(store, job_id)
+    assert shipped(store, job_id) == written(fake, job_id)
+
+
+def _answers(store: Store) -> bool:
+    try:
+        store.ping()
+    except redis.TimeoutError:
+        return False
+    return True
+
+
+def test_a_job_with_no_free_slot_waits_and_two_slots_run_two(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    worker = start_worker(fake)
+    first, second = submit_long(store), submit_long(store)
+    at_step(store, first, 3)
+    assert store.get_job(second).queue_position == 1
+    store.request_cancel(first)
+    at_step(store, second, 3)
+    store.request_cancel(second)
+    assert ended(store, second).status == "cancelled"
+    assert "ended with" not in worker.log()
+
+
+def test_whatever_else_stands_in_the_queue_is_not_run(
+    store: Store, fake: Settings, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    start_worker(fake)
+    slot = wait_until(store.list_nodes)[0].slots[0]
+    touched = tmp_path / "touched"
+    with redis.Redis.from_url(fake.redis_url) as client:
+        queue = Queue(slot.id, connection=client, serializer=JSONSerializer)
+        job = queue.enqueue_call("os.system", args=[f"touch {touched}"], on_failure=None)
+        wait_until(lambda: job.get_status() == JobStatus.FAILED)
+        assert not touched.exists()
+        assert TicketJob.fetch(job.id, client, JSONSerializer).func_name != FUNCTION
+    assert ended(store, submit(store)).status == "succeeded"
+
+
+@pytest.mark.slow
+def test_a_second_worker_on_the_same_home_is_refused(store: Store, fake: Settings, start_worker: StartWorker) -> None:
+    start_worker(fake)
+    wait_until(store.list_nodes)
+    second = start_worker(fake)
+    assert second.process.wait(10) == 1
+    assert "another worker runs on" in second.log()

@@ -1,0 +1,159 @@
+"""What a job, a node and a slot are, and which status may follow which."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from gptcore.plan import Hardware
+
+Status = Literal[
+    "queued", "starting", "running", "recovering", "pausing", "paused", "cancelling",
+    "succeeded", "failed", "cancelled",
+]  # fmt: skip
+TERMINAL_STATUSES: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+
+# The one table of allowed changes; every script that moves a job holds itself to it.
+TRANSITIONS: dict[Status, tuple[Status, ...]] = {
+    "queued": ("starting", "paused", "cancelled"),
+    "starting": (
+        "running", "queued", "recovering", "pausing", "cancelling",
+        "succeeded", "failed", "cancelled",
+    ),
+    "running": ("queued", "recovering", "pausing", "cancelling", "paused", "succeeded", "failed"),
+    "recovering": ("starting", "paused", "cancelled", "failed"),
+    "pausing": ("paused", "cancelling", "succeeded", "failed"),
+    "paused": ("queued", "cancelled"),
+    "cancelling": ("cancelled", "succeeded"),
+    "succeeded": (),
+    "failed": (),
+    "cancelled": (),
+}  # fmt: skip
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # 32 letters in ASCII order, none read as another
+
+
+def new_job_id() -> str:
+    """ "job-" and 60 bits: milliseconds, then chance. Ids sort by the time they were made."""
+    bits = (int(time.time() * 1000) & (1 << 41) - 1) << 19 | secrets.randbits(19)
+    return "job-" + "".join(_ALPHABET[bits >> shift & 31] for shift in range(55, -1, -5))
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class JobError(Record):
+    """Why a job failed. `log` holds the last lines its trainer printed."""
+
+    reason: str  # a failed event's reason, or lost, exited, max_duration, invalid_spec
+    message: str
+    log: list[str] = []
+
+
+class BestCheckpoint(Record):
+    """The step of the lowest validation loss so far (nats a token)."""
+
+    step: int
+    val_loss: float
+
+
+class Allocation(Record):
+    """A slot that a job has on one of its nodes."""
+
+    node: str
+    slot: str
+    node_rank: int
+
+
+class Job(Record):
+    """A job as everyone sees it. Times are UTC, durations seconds, `progress` 0 to 1."""
+
+    id: str
+    kind: str
+    name: str
+    labels: dict[str, str]
+    status: Status
+    status_reason: str = ""
+    phase: str | None = None
+    attempt: int = 0
+    step: int = 0
+    total_steps: int | None = None
+    tokens_seen: int = 0
+    progress: float = 0.0
+    eta_seconds: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    queue_position: int | None = None  # 1 is next; null when not waiting
+    created_at: datetime
+    queued_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    nodes: list[Allocation] = []  # where it runs, or ran last
+    # as accepted: a record is shown even where a later version would refuse its spec
+    spec: dict[str, Any]
+    plan: dict[str, Any] | None = None
+    best_checkpoint: BestCheckpoint | None = None
+    published: dict[str, Any] | None = None
+    parent_job_id: str | None = None
+    error: JobError | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.status in TERMINAL_STATUSES
+
+
+class JobPage(Record):
+    """Newest first. `next` is the cursor of the page that follows, null on the last one."""
+
+    data: list[Job]
+    has_more: bool
+    next: str | None
+
+
+class StatusChange(Record):
+    """One line of the job system's own stream. `who`: api, scheduler, or a node's launcher."""
+
+    id: str
+    time: datetime
+    from_status: str  # empty for the first
+    to_status: str
+    who: str
+    why: str
+
+
+class Slot(Record):
+    """A fixed share of a node: CPU cores, or GPUs (then also their cores)."""
+
+    id: str
+    cores: list[int]
+    gpus: list[int]
+    hardware: Hardware
+    job_id: str | None = None  # whose it is now
+
+
+class Node(Record):
+    id: str
+    pool: str
+    slots: list[Slot]
+    versions: dict[str, str] = {}
+    schedulable: bool = True
+    lease_until: datetime | None = None
+    live: bool = False  # the lease holds, by Redis's clock
+
+
+class Ticket(Record):
+    """A reservation on its way to the slot that is to run it."""
+
+    job_id: str
+    attempt: int
+    node_rank: int
+    slot: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.job_id}-a{self.attempt}-r{self.node_rank}"

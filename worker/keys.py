@@ -1,0 +1,37 @@
+"""Every Redis key of the job system, and the Lua scripts that work on them.
+
+Scripts get the same names and the same table of transitions, so nothing is spelled twice.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+
+from worker.job import TERMINAL_STATUSES, TRANSITIONS
+
+KEYS = {
+    "job": "trainmaster:job:",  # + id: hash, a field for each of a Job's, and the job system's own
+    "events": "trainmaster:events:",  # + id: stream of the run's events, ids {attempt}-{seq}
+    "changes": "trainmaster:changes:",  # + id: stream of status changes
+    "jobs": "trainmaster:jobs",  # zset: job id by its number, for lists
+    "number": "trainmaster:number",  # counter behind those numbers
+    "idempotency": "trainmaster:idempotency:",  # + key: hash of job and body's sha256, 24 h
+    "queue": "trainmaster:queue:",  # + pool: zset of waiting job ids by priority, then number
+    "leases": "trainmaster:leases",  # zset: job id of an attempt under way by its lease's end
+    "nodes": "trainmaster:nodes",  # hash: node id to its record
+    "node_leases": "trainmaster:node_leases",  # zset: node id by its lease's end
+    "owners": "trainmaster:owners",  # hash: slot id to the job that has it
+    "outbox": "trainmaster:outbox",  # list of tickets reserved but not yet handed to RQ
+    "tick": "trainmaster:tick",  # when an agent last looked for lost attempts
+    "doorbell": "trainmaster:doorbell",  # channel: something to schedule, or to stop
+}
+
+
+def script(name: str) -> str:
+    """The source of `lua/{name}.lua` with the names and the helpers that all scripts share."""
+    allowed = {start: dict.fromkeys(ends, True) for start, ends in TRANSITIONS.items()}
+    tables = {"K": KEYS, "ALLOWED": allowed, "TERMINAL": dict.fromkeys(sorted(TERMINAL_STATUSES), True)}
+    lines = [f"local {table} = cjson.decode([==[{json.dumps(value)}]==])" for table, value in tables.items()]
+    folder = files("worker") / "lua"
+    return "\n".join([*lines, *((folder / f"{part}.lua").read_text() for part in ("shared", name))])

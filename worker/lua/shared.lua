@@ -1,0 +1,52 @@
+-- Before every script: K names the keys, ALLOWED and TERMINAL come from worker/job.py.
+-- Times are Redis's own, in seconds: one clock for all leases.
+
+local function now()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) + tonumber(time[2]) / 1e6
+end
+
+local function stamp(time) return string.format('%.6f', time) end
+
+local function ring() redis.call('PUBLISH', K.doorbell, '') end
+
+-- Changes a job's status and says so in its stream; false where the table forbids it.
+local function move(id, to, who, why)
+  local job = K.job .. id
+  local from = redis.call('HGET', job, 'status')
+  if not (from and ALLOWED[from][to]) then return false end
+  local time = stamp(now())
+  redis.call('HSET', job, 'status', to, 'status_reason', why)
+  if TERMINAL[to] then redis.call('HSET', job, 'finished_at', time) end
+  redis.call('XADD', K.changes .. id, '*', 'time', time, 'from', from, 'to', to, 'who', who, 'why', why)
+  return true
+end
+
+-- Puts a job into its pool's queue: higher priority first, then lower number.
+local function enqueue(id)
+  local pool, priority, number = unpack(redis.call('HMGET', K.job .. id, 'pool', 'priority', 'number'))
+  redis.call('ZADD', K.queue .. pool, number - priority * 2 ^ 40, id)
+  redis.call('HSET', K.job .. id, 'queued_at', stamp(now()))
+end
+
+-- Is this attempt the one that holds the job's lease? Everything a launcher writes asks first.
+local function holds(id, attempt)
+  return redis.call('HGET', K.job .. id, 'attempt') == attempt and redis.call('ZSCORE', K.leases, id)
+end
+
+-- Ends an attempt: its slots are free, and the job is in `to`, or where a wish to stop leads instead.
+local function conclude(id, to, who, why)
+  local job = K.job .. id
+  local status, nodes = unpack(redis.call('HMGET', job, 'status', 'nodes'))
+  if status == 'cancelling' and to ~= 'succeeded' then to, why = 'cancelled', 'cancelled on request' end
+  if status == 'pausing' and (to == 'queued' or to == 'recovering') then to, why = 'paused', 'paused on request' end
+  if not move(id, to, who, why) then return redis.error_reply('REFUSED ' .. status .. ' to ' .. to) end
+  redis.call('ZREM', K.leases, id)
+  for _, allocation in ipairs(cjson.decode(nodes)) do
+    if redis.call('HGET', K.owners, allocation.slot) == id then redis.call('HDEL', K.owners, allocation.slot) end
+  end
+  redis.call('HDEL', job, 'desired', 'eta_seconds', 'phase')
+  if to == 'queued' or to == 'recovering' then enqueue(id) end
+  ring()
+  return to
+end

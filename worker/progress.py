@@ -1,0 +1,68 @@
+"""From an attempt's events to the fields of its job."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from gptcore import events
+from worker.job import BestCheckpoint
+
+RECENT_STEPS = 10  # that the shown speed is the mean of
+
+
+class Progress:
+    def __init__(self, total_steps: int | None):
+        self._total_steps = total_steps
+        self._first: events.Step | None = None
+        self._recent: deque[events.Step] = deque(maxlen=RECENT_STEPS)
+        self.outcome: events.Finished | events.Stopped | events.Failed | None = None
+
+    @property
+    def step(self) -> int:
+        """The last step that this attempt reached; 0 before it made one."""
+        return self._recent[-1].step if self._recent else 0
+
+    def take(self, event: events.EventBase) -> dict[str, Any]:
+        """The job's fields that this event changes."""
+        match event:
+            case events.Started():
+                self._total_steps = event.total_steps or self._total_steps
+                return {"total_steps": self._total_steps}
+            case events.PhaseChanged():
+                return {"phase": event.phase, "progress": event.progress}
+            case events.Step():
+                return self._step(event)
+            case events.Evaluated() if event.best:
+                return {"best_checkpoint": BestCheckpoint(step=event.step, val_loss=event.val_loss)}
+            case events.Checkpointed():
+                return {"failures": 0}  # what is saved is not lost again: the count starts anew
+            case events.Finished():
+                self.outcome = event
+                return {"progress": 1.0, "eta_seconds": 0.0}
+            case events.Stopped() | events.Failed():
+                self.outcome = event
+        return {}
+
+    def _step(self, event: events.Step) -> dict[str, Any]:
+        self._first = self._first or event
+        self._recent.append(event)
+        total = self._total_steps
+        rates = [step.tokens_per_second for step in self._recent]
+        mfus = [step.mfu for step in self._recent if step.mfu is not None]
+        return {
+            "step": event.step,
+            "tokens_seen": event.tokens,
+            "tokens_per_second": sum(rates) / len(rates),
+            "mfu": sum(mfus) / len(mfus) if mfus else None,
+            "progress": event.step / total if total else None,
+            "eta_seconds": self._seconds_per_step(event) * (total - event.step) if total else None,
+        }
+
+    def _seconds_per_step(self, event: events.Step) -> float:
+        """By the wall clock since this attempt's first step: evaluations and checkpoints take part."""
+        assert self._first is not None
+        steps = event.step - self._first.step
+        if steps < 1:  # none yet, or rolled back
+            return event.step_seconds
+        return (event.time - self._first.time).total_seconds() / steps

@@ -1,0 +1,157 @@
+"""RQ's part: a queue and a worker process per slot. RQ carries tickets and is never asked how a job is.
+
+Guards against what RQ does to jobs of many hours, each held against the source of the pinned version:
+no timeout, no retry, no callbacks, no commands over Redis, one function that may be called, and a
+worker that outlives an absent Redis and hands a request to end on to its horse.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from rq import Queue, Worker
+from rq.exceptions import DuplicateJobError
+from rq.executions import Execution
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from gptcore.procs import die_with_parent
+from worker import launch
+from worker.job import JobError, Slot, Ticket
+from worker.settings import Settings
+from worker.store import Store
+
+FUNCTION = "worker.launch.run"
+WORKER_SECONDS = 60  # RQ's time to live of an idle worker; it waits for work a little less
+RESULT_SECONDS = 3600  # how long RQ remembers a ticket, so that a second copy of it is refused
+
+
+class TicketJob(Job):
+    """An RQ job that can only be a ticket, whatever stands in Redis."""
+
+    def restore(self, raw_data: Any) -> None:
+        super().restore(raw_data)
+        self._success_callback_name = self._failure_callback_name = self._stopped_callback_name = None
+        self.webhooks = []
+        self.retries_left = self.repeats_left = None
+
+    @property
+    def func(self) -> Callable[..., None]:
+        if self.func_name != FUNCTION or self.instance is not None:
+            raise PermissionError(f"{self.func_name} is not what a ticket may call")
+        return launch.run
+
+
+class SlotWorker(Worker):
+    """Works off one slot's queue, one ticket at a time, each in a forked horse."""
+
+    max_connection_wait_time = 1.0  # a minute by default: tickets would run out when Redis is back
+
+    def subscribe(self) -> None:
+        """No commands: RQ's stop kills without a checkpoint, and its thread would be forked along."""
+
+    def fork_work_horse(self, job: Job, queue: Queue) -> None:
+        # a request to end that comes while we fork must reach the horse once it can hear it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        super().fork_work_horse(job, queue)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        if self._stop_requested:
+            self.handle_warm_shutdown_request()
+
+    def main_work_horse(self, job: Job, queue: Queue) -> None:
+        die_with_parent(signal.SIGTERM, self.pid)
+        super().main_work_horse(job, queue)
+
+    def setup_work_horse_signals(self) -> None:
+        super().setup_work_horse_signals()  # type: ignore[no-untyped-call]
+        signal.signal(signal.SIGTERM, _drain)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def handle_warm_shutdown_request(self) -> None:
+        """RQ would wait for the job's end, a day or a week."""
+        super().handle_warm_shutdown_request()  # type: ignore[no-untyped-call]
+        if self.horse_pid:
+            os.kill(self.horse_pid, signal.SIGTERM)
+
+    def set_shutdown_requested_date(self) -> None:
+        try:
+            super().set_shutdown_requested_date()  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            self.log.warning("Redis is away: %s", error)
+
+    def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
+        try:
+            super().maintain_heartbeats(job, execution)
+        except redis.RedisError as error:  # RQ's own worker would quit and leave its horse alone
+            self.log.warning("Redis is away, the launcher goes on: %s", error)
+
+    def handle_work_horse_killed(self, job: Job, retpid: Any, ret_val: Any, rusage: Any) -> None:
+        """The launcher is dead: say so now, instead of waiting for its lease to run out."""
+        ticket, settings = Ticket.model_validate(_named(job.args)), Settings.from_environment()
+        error = JobError(reason="lost", message=f"its launcher was killed (wait status {ret_val})")
+        store = Store.connect(settings.redis_url)
+        store.lose(ticket.job_id, ticket.attempt, settings.max_attempts, error, who=ticket.slot)
+        store.close()
+
+
+def _drain(signum: int, frame: FrameType | None) -> None:
+    launch.draining.set()
+
+
+def _named(args: Any) -> dict[str, Any]:
+    return dict(zip(("job_id", "attempt", "node_rank", "slot"), args, strict=True))
+
+
+def connect(settings: Settings) -> redis.Redis:
+    """RQ's own connection: it reads bytes, and it must not repeat a command that may have run."""
+    return redis.Redis.from_url(settings.redis_url, retry=Retry(NoBackoff(), 0), socket_timeout=5.0)
+
+
+def hand_over(ticket: Ticket, connection: redis.Redis) -> None:
+    """Put a ticket into its slot's queue; one that is there already stays alone."""
+    queue = Queue(ticket.slot, connection=connection, serializer=JSONSerializer, job_class=TicketJob)
+    try:
+        queue.enqueue_call(
+            FUNCTION,
+            args=[ticket.job_id, ticket.attempt, ticket.node_rank, ticket.slot],
+            timeout=-1,
+            result_ttl=RESULT_SECONDS,
+            failure_ttl=RESULT_SECONDS,
+            job_id=ticket.id,
+            unique=True,
+        )
+    except DuplicateJobError:
+        return
+
+
+def main(slot: Slot, agent_pid: int) -> None:
+    """Serve a slot until told to end, or until the agent is gone."""
+    die_with_parent(signal.SIGTERM, agent_pid)
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, slot.cores)
+    # nvidia-smi counts along the PCI bus; CUDA's own default puts the fastest first
+    os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, slot.gpus))}
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    worker = SlotWorker(
+        [slot.id],
+        name=f"{slot.id}-{uuid.uuid4().hex}",  # RQ takes a dead worker's name for a living one
+        connection=connect(Settings.from_environment()),
+        serializer=JSONSerializer,
+        job_class=TicketJob,
+        worker_ttl=WORKER_SECONDS,
+    )
+    worker.work(logging_level="WARNING")
+
+
+if __name__ == "__main__":
+    main(Slot.model_validate_json(sys.argv[1]), int(sys.argv[2]))
