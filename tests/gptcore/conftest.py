@@ -105,13 +105,15 @@ class Trainers:
     def __init__(self, home: Path, folder: Path):
         self.home, self.folder = home, folder
 
-    def start(self, run: RunDir, ranks: int = 1, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, run: RunDir, ranks: int = 1, module: str = "gptcore.train", **environment: str
+    ) -> subprocess.Popen[str]:
         head = [sys.executable, "-m"]
         if ranks > 1:
             head += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
         given = {"TRAINMASTER_HOME": str(self.home), "OMP_NUM_THREADS": "1"} | environment
         return subprocess.Popen(
-            [*head, "gptcore.train", str(run.path)],
+            [*head, module, str(run.path)],
             env=os.environ | given,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

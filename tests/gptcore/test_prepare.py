@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -138,3 +140,35 @@ def test_gpt2_tokens_are_the_known_ones_without_a_network(monkeypatch: pytest.Mo
     assert tokenizer.encode("Hello world").tolist() == [15496, 995]
     assert tokenizer.encode("<|endoftext|>").max() < 50256  # text that spells it is only text
     assert tokenizer.decode(tokenizer.encode(WORDS).tolist()) == WORDS
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A server that speaks the Hub's protocol, and its folder of datasets."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    command = [sys.executable, "-m", "tests.gptcore.hub_server", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().strip(), folder
+        server.terminate()
+
+
+def test_a_dataset_is_read_from_the_hub_with_its_own_client(hub: tuple[str, Path], tmp_path: Path) -> None:
+    address, folder = hub
+    texts = [f"{i} {WORDS}" for i in range(100)]
+    for number in range(2):
+        path = folder / "owner" / "name" / "sample" / "10BT" / f"00{number}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = pyarrow.table({"text": texts[50 * number : 50 * (number + 1)]})
+        pyarrow.parquet.write_table(table, path, row_group_size=16)
+    code = (
+        "from gptcore.sources import hub_files; s = hub_files('owner/name', 'sample/10BT/*.parquet', 'text');"
+        "import json; print(json.dumps([[d.text for d in s.read(n)] for n in (0, 70)]))"
+    )
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    everything, rest = json.loads(done.stdout)
+    assert everything == texts
+    assert rest == texts[70:]

@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from gptcore.checkpoint import list_checkpoints
 from gptcore.events import Evaluated, Exported, Failed, Finished, Resumed, Sampled, Started, Step, Stopped
@@ -60,6 +61,17 @@ def test_several_ranks_follow_one(train: Trainers, ranks: int) -> None:
     for step, loss in one.losses().items():
         assert several.losses()[step] == pytest.approx(loss, abs=1e-4 * loss)
     assert several.of_type(Step)[0].grad_norm == pytest.approx(one.of_type(Step)[0].grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_first_gradients_of_several_ranks_are_those_of_one(train: Trainers, ranks: int) -> None:
+    run = train.make(tiny_spec(tokens_per_step=1024, micro_batch_size=4), "run")
+    for count in (1, ranks):
+        output, _ = train.start(run, count, "tests.gptcore.dump_gradients").communicate(timeout=60)
+        assert (run.path / f"gradients-{count}.pt").exists(), output
+    one, several = (torch.load(run.path / f"gradients-{count}.pt") for count in (1, ranks))
+    for name, gradient in one.items():
+        assert (gradient - several[name]).norm() <= 1e-5 * gradient.norm(), name
 
 
 @pytest.mark.slow
