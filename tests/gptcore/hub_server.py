@@ -7,7 +7,7 @@ import json
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -33,9 +33,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         parts = urlsplit(self.path).path.strip("/").split("/")
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        wanted = (
-            json.loads(body)["paths"] if body.startswith("{") else [unquote(p.split("=")[1]) for p in body.split("&")]
-        )
+        wanted = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
         root = self.folder / "/".join(parts[2:4])
         self._json([self._entry(root, root / path) for path in wanted if (root / path).exists()])
 

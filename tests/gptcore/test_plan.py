@@ -93,6 +93,20 @@ def test_a_model_that_cannot_fit_is_refused_with_what_it_needs_and_what_there_is
     assert "1.0 GiB" in message
 
 
+def test_a_vocabulary_too_small_for_the_dataset_is_refused_with_both_sizes(tmp_path: Path) -> None:
+    spec = tiny_spec(data={"dataset": "python-stdlib-gpt2"}, model={"preset": "llama-tiny", "vocab_size": 256})
+    with pytest.raises(SpecError, match=r"vocab_size 256 is too small.*gpt2 of 50257 tokens"):
+        resolve(spec, tmp_path)
+    assert resolve(tiny_spec(data={"dataset": "python-stdlib"}), tmp_path).model.vocab_size == 256
+
+
+def test_an_unknown_dataset_is_refused_with_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"'pyton-stdlib' is unknown; did you mean python-stdlib"):
+        resolve(tiny_spec(data={"dataset": "pyton-stdlib"}), tmp_path)
+    with pytest.raises(SpecError, match=r"trainmaster prepare mine --text FILE"):
+        resolve(tiny_spec(data={"dataset": "mine"}), tmp_path)
+
+
 def test_auto_micro_batch_divides_the_ranks_share_and_fits() -> None:
     for ranks in (1, 2, 4):
         spec = tiny_spec(resources={"ranks_per_node": ranks}, tokens_per_step=32 * 4 * 6)

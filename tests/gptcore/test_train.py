@@ -82,6 +82,7 @@ def test_muon_on_two_ranks_follows_one(train: Trainers) -> None:
         assert two.losses()[step] == pytest.approx(loss, abs=5e-3 * loss)
 
 
+KILLS = int(os.environ.get("KILLS", "2"))  # of one run; more take longer
 # long enough that a kill comes before the end, with steps between the checkpoints
 LONG: dict[str, Any] = {
     "max_steps": 250,
@@ -117,7 +118,7 @@ def test_a_killed_run_resumes_bit_for_bit(train: Trainers, ranks: int, optimizer
     whole = train(spec, "whole", ranks=ranks)
     assert whole.returncode == 0, whole.output
     run = train.make(spec, "killed")
-    kill_at_random(train, run, ranks, kills=2, draw=random.Random(ranks))
+    kill_at_random(train, run, ranks, kills=KILLS, draw=random.Random(ranks))
     killed = train(spec, "killed", ranks=ranks)
     assert killed.returncode == 0, killed.output
     assert killed.losses() == whole.losses()
