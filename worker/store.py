@@ -6,8 +6,10 @@ twice. Every method may raise `redis.ConnectionError` or `redis.TimeoutError`.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, Self, cast
 
@@ -287,7 +289,7 @@ class Store:
             retry=AsyncRetry(NoBackoff(), 0),
             socket_timeout=quiet_seconds + 10,
         )
-        async with client:
+        async with _closed_after(client):
             if not await client.exists(KEYS["job"] + job_id):
                 raise JobNotFound(job_id)
             ended = False
@@ -395,6 +397,15 @@ class Doorbell:
 
     def close(self) -> None:
         self._pubsub.close()
+
+
+@asynccontextmanager
+async def _closed_after(client: redis.asyncio.Redis) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        # whoever stops following cancels every await in here; the connection is to be closed all the same
+        await asyncio.shield(client.aclose())
 
 
 def _by_stream(news: dict[str, Any] | list[Any]) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:

@@ -1,0 +1,56 @@
+"""The ASGI application: what stands around the routes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.staticfiles import StaticFiles
+
+from api import problems
+from api.guard import MAX_BODY_BYTES, Guard
+from api.routes import STATIC, Services, router
+from api.series import RunCache
+from worker.settings import Settings
+from worker.store import Store
+
+
+class Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """As FastAPI makes it, with the media type that our errors really have."""
+        schema = super().openapi()
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                for status, response in operation["responses"].items():
+                    if not status.startswith("2"):
+                        (response["content"],) = [{problems.MEDIA_TYPE: body} for body in response["content"].values()]
+        return schema
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """An application over the Redis and the run directories that `settings` name."""
+    store = Store.connect(settings.redis_url)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        store.close()
+
+    app = Application(
+        title="Trainmaster",
+        version=version("trainmaster"),
+        summary="Pretrains GPTs on machines you own.",
+        lifespan=lifespan,
+        exception_handlers=problems.HANDLERS,
+        middleware=[Middleware(Guard, hosts=filter(None, [urlsplit(settings.url).hostname]))],
+        redoc_url=None,
+    )
+    app.state.services = Services(settings, store, RunCache(settings.runs))
+    app.include_router(router, max_body_size=MAX_BODY_BYTES)  # of bodies that do not say their length
+    app.mount("/static", StaticFiles(directory=STATIC))
+    return app

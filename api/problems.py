@@ -1,0 +1,116 @@
+"""Every error as RFC 9457 has it: application/problem+json, with a `code` for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+import redis
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gptcore.spec import Problem, SpecError, problems_of
+from worker.store import BadCursor, IdempotencyConflict, JobNotFound
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class ProblemDetails(BaseModel):
+    """What every error answer holds. `code` and `errors` are ours, the rest is RFC 9457's."""
+
+    type: str = "about:blank"
+    title: str = Field(description="the status in words", examples=["Unprocessable Content"])
+    status: int = Field(examples=[422])
+    detail: str = Field(description="what is wrong and the way out, for people")
+    code: str = Field(description="names the situation, for programs", examples=["invalid_spec", "job_not_found"])
+    errors: list[Problem] = Field(
+        [], description="each thing wrong: JSON pointer into the body, or /query/…, /header/… for a parameter"
+    )
+
+
+class Refusal(Exception):
+    """An error answer that a route gives; the handlers below make one of every other exception."""
+
+    def __init__(
+        self, status: int, code: str, detail: str, errors: Sequence[Problem] = (), headers: dict[str, str] | None = None
+    ):
+        title = HTTPStatus(status).phrase
+        self.details = ProblemDetails(title=title, status=status, detail=detail, code=code, errors=list(errors))
+        self.headers = headers
+        super().__init__(detail)
+
+    def response(self) -> Response:
+        body = self.details.model_dump_json()
+        return Response(body, self.details.status, self.headers, media_type=MEDIA_TYPE)
+
+
+async def answer(request: Request, error: Exception) -> Response:
+    """The one exception handler of the application."""
+    return _refusal(request, error).response()
+
+
+def _refusal(request: Request, error: Exception) -> Refusal:
+    match error:
+        case Refusal():
+            return error
+        case SpecError():
+            return _invalid("invalid_spec", error.problems)
+        case RequestValidationError():
+            return _invalid_request(error)
+        case JobNotFound():
+            return Refusal(404, "job_not_found", f"there is no job {error.job_id!r}; GET /jobs lists them")
+        case IdempotencyConflict():
+            return Refusal(422, "idempotency_conflict", str(error))
+        case BadCursor():
+            return _invalid("invalid_parameter", [Problem(pointer="/query/after", message=str(error))])
+        case redis.ConnectionError() | redis.TimeoutError():
+            detail = "Redis does not answer; running jobs go on, try again in a moment"
+            return Refusal(503, "store_unavailable", detail, headers={"Retry-After": "1"})
+        case HTTPException():
+            return _http(request, error)
+        case _:
+            return Refusal(500, "internal_error", "this is a fault of the server; its log has the traceback")
+
+
+# Starlette looks a handler up by the classes of the exception raised
+HANDLERS: dict[int | type[Exception], Any] = dict.fromkeys(
+    (
+        Refusal, SpecError, RequestValidationError, JobNotFound, IdempotencyConflict, BadCursor,
+        redis.ConnectionError, redis.TimeoutError, HTTPException, Exception,
+    ),
+    answer,
+)  # fmt: skip
+
+
+def _invalid(code: str, problems: list[Problem]) -> Refusal:
+    detail = "; ".join(f"{problem.pointer or '/'}: {problem.message}" for problem in problems)
+    return Refusal(422, code, detail, problems)
+
+
+def _invalid_request(error: RequestValidationError) -> Refusal:
+    found = error.errors()
+    if found[0]["type"] == "json_invalid":
+        detail = f"the body is not JSON: {found[0]['ctx']['error']} at character {found[0]['loc'][-1]}"
+        return Refusal(400, "invalid_json", detail)
+    in_body = [one for one in found if one["loc"][0] == "body"]
+    if in_body:
+        return _invalid("invalid_spec", problems_of(in_body, root=("body",)))
+    return _invalid("invalid_parameter", problems_of(list(found)))
+
+
+_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "content_too_large"}
+
+
+def _http(request: Request, error: HTTPException) -> Refusal:
+    """What the framework itself refuses."""
+    status, path = error.status_code, request.url.path
+    headers = dict(error.headers or {})
+    detail = {
+        404: f"there is nothing at {path}; GET /docs shows what there is",
+        405: f"{request.method} is not for {path}; use {headers.get('Allow', 'another method')}",
+    }.get(status, error.detail)
+    return Refusal(status, _CODES.get(status, f"http_{status}"), detail, headers=headers)

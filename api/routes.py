@@ -1,0 +1,274 @@
+"""The HTTP interface: one short function a route. What they share stands in the modules they call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from pydantic import BaseModel, Field
+
+from api.planning import Planned, planned
+from api.problems import ProblemDetails, Refusal
+from api.series import EVENT_TYPES, KEYS, Key, Metrics, RunCache
+from api.stream import event_stream
+from gptcore.dataset import BUILTIN, list_datasets
+from gptcore.events import Event
+from gptcore.presets import PRESETS
+from gptcore.rundir import RunDir
+from gptcore.spec import JobSpec
+from worker.job import Job, JobPage, Node, Status
+from worker.settings import Settings
+from worker.store import Store
+
+STATIC = Path(__file__).parent / "static"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+}
+LOG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Services:
+    """What routes work with; made once an application."""
+
+    settings: Settings
+    store: Store
+    runs: RunCache
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+With = Annotated[Services, Depends(_services)]
+Spec = Annotated[JobSpec, Body()]
+EventId = Annotated[str | None, Query(pattern=r"^\d{1,9}-\d{1,15}$", description="only what is newer than this event")]
+LastEventId = Annotated[str | None, Header(pattern=r"^\d{1,9}-\d{1,15}$", description="as `after`, and before it")]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+
+router = APIRouter(
+    responses={
+        422: {"model": ProblemDetails, "description": "The request cannot be done, and why"},
+        "default": {"model": ProblemDetails, "description": "Any other error"},
+    }
+)
+
+
+class EventPage(BaseModel):
+    """Oldest first. `next` is the `after` of the page that follows, null on the last one."""
+
+    data: list[Event]
+    has_more: bool
+    next: str | None
+
+
+class DatasetSummary(BaseModel):
+    """What a spec may name as its dataset. A built-in one is prepared when it is first used."""
+
+    name: str
+    tokenizer: Literal["bytes", "gpt2"]
+    source: str
+    prepared: bool
+    train_tokens: int | None = Field(description="null while it is not prepared")
+    val_tokens: int | None
+
+
+class Health(BaseModel):
+    status: str
+
+
+# ---- jobs
+
+
+@router.post("/jobs", status_code=201, tags=["jobs"])
+def submit(
+    spec: Spec,
+    response: Response,
+    services: With,
+    idempotency_key: Annotated[
+        str | None,
+        Header(min_length=1, max_length=200, description="same key, same body: the same job, for 24 h"),
+    ] = None,
+) -> Job:
+    """Check a job spec and queue it."""
+    accepted = planned(spec, services.settings, services.store)
+    job, _ = services.store.create_job(
+        accepted.spec,
+        accepted.plan,
+        idempotency_key=idempotency_key,
+        body_sha256=hashlib.sha256(spec.model_dump_json().encode()).hexdigest(),
+    )
+    response.headers["Location"] = f"/jobs/{job.id}"
+    return job
+
+
+@router.post("/jobs/plan", tags=["jobs"])
+def plan(spec: Spec, services: With) -> Planned:
+    """What a job spec comes to; nothing is queued."""
+    return planned(spec, services.settings, services.store)
+
+
+@router.get("/jobs", tags=["jobs"])
+def jobs(
+    services: With,
+    status: Status | None = None,
+    kind: Annotated[str | None, Query(description="train, prepare")] = None,
+    label: Annotated[str | None, Query(description="key, or key=value")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[str | None, Query(description="a page's `next`")] = None,
+) -> JobPage:
+    """Jobs, newest first."""
+    return services.store.list_jobs(status=status, kind=kind, label=label, limit=limit, after=after)
+
+
+@router.get("/jobs/{job_id}", tags=["jobs"])
+def job(job_id: str, services: With) -> Job:
+    return services.store.get_job(job_id)
+
+
+@router.post("/jobs/{job_id}/cancel", tags=["jobs"])
+def cancel(job_id: str, services: With) -> Job:
+    """Ask for a job's end. A running one is `cancelling` until nothing of it lives; asking again changes nothing."""
+    return services.store.request_cancel(job_id)
+
+
+# ---- what a job reports
+
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "string"},
+                "example": 'id: 1-7\nevent: step\ndata: {"type": "step", "step": 5, …}\n\n'
+                'event: end\ndata: {"status": "succeeded"}\n\n',
+            }
+        }
+    }
+}
+
+
+@router.get("/jobs/{job_id}/metrics", response_model=Metrics, responses=_STREAM, tags=["runs"])
+def metrics(
+    job_id: str,
+    request: Request,
+    services: With,
+    keys: Annotated[list[Key] | None, Query(description="by default all; may be repeated")] = None,
+    from_step: Annotated[int | None, Query(ge=0)] = None,
+    to_step: Annotated[int | None, Query(ge=0)] = None,
+    max_points: Annotated[int | None, Query(ge=10, description="a curve; extremes and the last point stay")] = None,
+    after: EventId = None,
+    last_event_id: LastEventId = None,
+) -> Metrics | Response:
+    """A run's curves, attempts joined: each step once. With `Accept: text/event-stream` its `step` and
+    `evaluated` events as they come, to be resumed by `Last-Event-ID`."""
+    services.store.get_job(job_id)
+    if _wants_stream(request):
+        return event_stream(services.store, job_id, last_event_id or after or "0-0", EVENT_TYPES)
+    window = {"from_step": from_step, "to_step": to_step, "max_points": max_points}
+    return services.runs.run(job_id).metrics(keys or KEYS, **window)
+
+
+@router.get("/jobs/{job_id}/events", response_model=EventPage, responses=_STREAM, tags=["runs"])
+def events(
+    job_id: str,
+    request: Request,
+    services: With,
+    limit: Limit = 100,
+    after: EventId = None,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """What the trainer reported, the newest 100,000 events; with `Accept: text/event-stream` as they come."""
+    services.store.get_job(job_id)
+    if _wants_stream(request):
+        return event_stream(services.store, job_id, last_event_id or after or "0-0")
+    found = services.store.read_events(job_id, after or "0-0", limit + 1)
+    page, has_more = found[:limit], len(found) > limit
+    # passed on as the trainer wrote them: a newer one may report what this server does not know
+    data = [json.loads(line) for _, line in page]
+    return JSONResponse({"data": data, "has_more": has_more, "next": page[-1][0] if has_more else None})
+
+
+@router.get("/jobs/{job_id}/logs", response_class=PlainTextResponse, tags=["runs"])
+def logs(
+    job_id: str, services: With, attempt: Annotated[int | None, Query(ge=1, description="by default the newest")] = None
+) -> str:
+    """What an attempt's trainer printed: the last MiB."""
+    services.store.get_job(job_id)
+    logs = {a.number: a.log for a in RunDir(services.settings.runs / job_id).attempts() if a.log.exists()}
+    wanted = attempt or max(logs, default=0)
+    if wanted not in logs:
+        have = f"it has logs of {', '.join(map(str, logs))}" if logs else "it has not started yet"
+        raise Refusal(404, "log_not_found", f"{job_id} has no log of attempt {attempt or 1}; {have}")
+    with logs[wanted].open("rb") as file:
+        file.seek(max(0, logs[wanted].stat().st_size - LOG_BYTES))
+        return file.read(LOG_BYTES).decode("utf-8", "replace")
+
+
+def _wants_stream(request: Request) -> bool:
+    return "text/event-stream" in request.headers.get("accept", "")
+
+
+# ---- what a spec may name, and who would run it
+
+
+@router.get("/presets", tags=["service"])
+def presets() -> dict[str, dict[str, Any]]:
+    """Model presets by name, as the fields they stand for."""
+    return PRESETS
+
+
+@router.get("/datasets", tags=["service"])
+def datasets(services: With) -> list[DatasetSummary]:
+    prepared = [
+        DatasetSummary(
+            name=dataset.name,
+            tokenizer=dataset.tokenizer,
+            source=dataset.source,
+            prepared=True,
+            train_tokens=dataset.train.tokens,
+            val_tokens=dataset.val.tokens,
+        )
+        for dataset in list_datasets(services.settings.datasets)
+    ]
+    names = {dataset.name for dataset in prepared}
+    builtin = [
+        DatasetSummary.model_validate(
+            {"name": name, "tokenizer": tokenizer, "source": source, "prepared": False}
+            | {"train_tokens": None, "val_tokens": None}
+        )
+        for name, (tokenizer, source) in BUILTIN.items()
+        if name not in names
+    ]
+    return prepared + builtin
+
+
+@router.get("/workers", tags=["service"])
+def workers(services: With) -> list[Node]:
+    """Every node known, with its slots and who has them."""
+    return services.store.list_nodes()
+
+
+@router.get("/healthz", tags=["service"])
+def healthz() -> Health:
+    """This process answers."""
+    return Health(status="ok")
+
+
+@router.get("/readyz", tags=["service"])
+def readyz(services: With) -> Health:
+    """Redis answers, and there is a live worker."""
+    if not any(node.live for node in services.store.list_nodes()):
+        raise Refusal(503, "no_worker", "no worker is live; start one: trainmaster worker")
+    return Health(status="ready")
+
+
+@router.get("/", include_in_schema=False)
+def page() -> FileResponse:
+    return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)

@@ -1,0 +1,409 @@
+/* The page: a list of runs, and one run with its curves. Data goes into the document as text, never as markup. */
+
+import { Chart, Curve, drawSparkline } from "./charts.js";
+
+const POLL_MILLISECONDS = 2000;
+const CURVE_POINTS = 4000;
+const CURVES = ["train_loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_second"];
+const ENDED = ["succeeded", "failed", "cancelled"];
+
+const byId = (id) => document.getElementById(id);
+const path = (id, rest = "") => `/jobs/${encodeURIComponent(id)}${rest}`;
+
+// ---- talking to the server
+
+async function ask(url, options = {}) {
+  const response = await fetch(url, { cache: "no-store", ...options, headers: { Accept: "application/json" } });
+  const answer = await response.json();
+  if (!response.ok) throw new Refused(answer);
+  return answer;
+}
+
+class Refused extends Error {
+  constructor(problem) {
+    super(problem.detail);
+    this.code = problem.code;
+  }
+}
+
+/* Says at the top of the page what does not work; with no text, that all is well again. */
+function complain(text = "") {
+  const banner = byId("connection");
+  if (banner.textContent !== text) banner.textContent = text;
+  banner.hidden = !text;
+}
+
+/* For those who hear the page. */
+function tell(text) {
+  byId("news").textContent = text;
+}
+
+// ---- numbers and times for people
+
+const count = (number) => Math.round(number).toLocaleString("en");
+const loss = (number) => (number == null ? "–" : number.toFixed(number < 10 ? 3 : 1));
+const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+
+function duration(seconds) {
+  const whole = Math.max(0, Math.round(seconds));
+  const [days, hours, minutes] = [Math.floor(whole / 86400), Math.floor(whole / 3600) % 24, Math.floor(whole / 60) % 60];
+  if (days) return `${days} d ${hours} h`;
+  if (hours) return `${hours} h ${minutes} min`;
+  return minutes ? `${minutes} min ${whole % 60} s` : `${whole} s`;
+}
+
+function moment(text) {
+  const time = new Date(text);
+  const today = new Date().toDateString() === time.toDateString();
+  return today ? time.toLocaleTimeString() : time.toLocaleDateString();
+}
+
+function ranSeconds(job) {
+  return job.started_at ? (new Date(job.finished_at ?? Date.now()) - new Date(job.started_at)) / 1000 : null;
+}
+
+function statusText(job) {
+  return job.phase && !ENDED.includes(job.status) ? `${job.status} · ${job.phase}` : job.status;
+}
+
+function showStatus(pill, job) {
+  pill.textContent = statusText(job);
+  pill.dataset.status = job.status;
+}
+
+function element(name, className = "", ...children) {
+  const made = document.createElement(name);
+  made.className = className;
+  made.append(...children); // strings become text
+  return made;
+}
+
+// ---- the list of runs
+
+class Row {
+  constructor(id) {
+    this.id = id;
+    this.link = element("a");
+    this.link.href = `#${id}`;
+    this.pill = element("span", "pill");
+    this.bar = element("progress");
+    this.bar.max = 1;
+    this.steps = element("span", "quiet");
+    this.spark = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    this.spark.setAttribute("class", "spark");
+    this.spark.setAttribute("aria-hidden", "true");
+    this.loss = element("td", "number");
+    this.speed = element("td", "number");
+    this.left = element("td", "number");
+    this.created = element("td", "number quiet");
+    const name = element("th", "", this.link, element("code", "quiet", id));
+    name.scope = "row";
+    const cells = [
+      name, element("td", "", this.pill), element("td", "steps", this.bar, this.steps), this.loss,
+      element("td", "", this.spark), this.speed, this.left, this.created,
+    ]; // prettier-ignore
+    const heads = document.querySelectorAll("#runs thead th");
+    cells.forEach((cell, at) => (cell.dataset.head = heads[at].textContent));
+    this.node = element("tr", "", ...cells);
+    this.seen = null; // step and status that the curve was drawn for
+  }
+
+  update(job) {
+    this.link.textContent = job.name;
+    showStatus(this.pill, job);
+    this.bar.value = job.progress;
+    this.bar.setAttribute("aria-label", `Progress of ${job.name}`);
+    this.steps.textContent = job.total_steps ? `${count(job.step)} / ${count(job.total_steps)}` : "";
+    this.speed.textContent = job.tokens_per_second ? compact.format(job.tokens_per_second) : "–";
+    this.left.textContent = ENDED.includes(job.status)
+      ? "–"
+      : job.eta_seconds != null
+        ? duration(job.eta_seconds)
+        : job.queue_position
+          ? `${job.queue_position}. in queue`
+          : "–";
+    this.created.textContent = moment(job.created_at);
+    for (const cell of [this.speed, this.left, this.loss]) cell.classList.toggle("none", cell.textContent === "–" || !cell.textContent);
+    this.drawCurve(job);
+  }
+
+  async drawCurve(job) {
+    const now = `${job.step} ${job.status}`;
+    if (this.seen === now || job.kind !== "train") return;
+    this.seen = now;
+    const { series } = await ask(path(this.id, "/metrics?keys=train_loss&keys=val_loss&max_points=80"));
+    const [train, val] = [Curve.from(series.train_loss), Curve.from(series.val_loss)];
+    drawSparkline(this.spark, train);
+    const best = job.best_checkpoint ? element("span", "quiet", ` val ${loss(job.best_checkpoint.val_loss)}`) : "";
+    this.loss.replaceChildren(loss(train.last ?? val.last), best);
+    this.loss.classList.toggle("none", train.last == null);
+  }
+}
+
+const list = { rows: new Map(), pages: 1 };
+
+async function refreshList() {
+  const [jobs, more] = await recentJobs(list.pages);
+  const ids = new Set(jobs.map((job) => job.id));
+  for (const [id, row] of list.rows) {
+    if (ids.has(id)) continue;
+    row.node.remove();
+    list.rows.delete(id);
+  }
+  const body = document.querySelector("#runs tbody");
+  jobs.forEach((job, at) => {
+    if (!list.rows.has(job.id)) list.rows.set(job.id, new Row(job.id));
+    const row = list.rows.get(job.id);
+    if (body.children[at] !== row.node) body.insertBefore(row.node, body.children[at] ?? null);
+    row.update(job);
+  });
+  byId("runs").hidden = !jobs.length;
+  byId("empty").hidden = jobs.length > 0;
+  byId("older").hidden = !more;
+  document.title = "Trainmaster";
+}
+
+async function recentJobs(pages) {
+  const jobs = [];
+  let after = "";
+  for (let page = 0; page < pages; page++) {
+    const answer = await ask(`/jobs?limit=50${after}`);
+    jobs.push(...answer.data);
+    if (!answer.has_more) return [jobs, false];
+    after = `&after=${encodeURIComponent(answer.next)}`;
+  }
+  return [jobs, true];
+}
+
+async function refreshWorkers() {
+  const slots = (await ask("/workers")).filter((node) => node.live).flatMap((node) => node.slots);
+  const busy = slots.filter((slot) => slot.job_id).length;
+  byId("workers").textContent = slots.length ? `${busy} of ${slots.length} slots busy` : "no worker is live";
+}
+
+byId("older").addEventListener("click", () => {
+  list.pages++;
+  poll();
+});
+
+// ---- one run
+
+const charts = {
+  loss: new Chart(byId("loss-chart"), {
+    height: 340,
+    legend: true,
+    series: [
+      { label: "train", color: "--train", faint: true },
+      { label: "train, smoothed", color: "--train" },
+      { label: "validation", color: "--val", dots: true },
+    ],
+  }),
+  speed: new Chart(byId("speed-chart"), { height: 150, series: [{ label: "tokens/s", color: "--train" }] }),
+  lr: new Chart(byId("lr-chart"), { height: 150, series: [{ label: "lr", color: "--train" }] }),
+  grad: new Chart(byId("grad-chart"), { height: 150, series: [{ label: "norm", color: "--train" }] }),
+};
+
+class RunView {
+  constructor(id) {
+    this.id = id;
+    this.job = null;
+    this.curves = null;
+    this.source = null;
+    this.drawn = true;
+    for (const chart of Object.values(charts)) chart.clear();
+    byId("run-title").textContent = "";
+    byId("figures").replaceChildren();
+    byId("job-link").href = path(id);
+    byId("metrics-link").href = path(id, "/metrics");
+    byId("log-link").href = path(id, "/logs");
+  }
+
+  /* All there is so far, then each event as it comes. */
+  async open() {
+    this.source?.close();
+    const answer = await ask(path(this.id, `/metrics?max_points=${CURVE_POINTS}&keys=${CURVES.join("&keys=")}`));
+    if (view !== this) return;
+    this.curves = Object.fromEntries(CURVES.map((key) => [key, Curve.from(answer.series[key])]));
+    this.draw();
+    if (ENDED.includes(this.job.status)) return;
+    this.source = new EventSource(path(this.id, `/metrics?after=${answer.last_event_id}`));
+    for (const type of ["step", "evaluated"]) this.source.addEventListener(type, (event) => this.take(JSON.parse(event.data)));
+    this.source.addEventListener("end", () => {
+      this.source.close();
+      poll();
+    });
+    this.source.addEventListener("error", () => {
+      // refused, where a lost connection would be tried again by itself: poll() opens another
+      if (this.source.readyState === EventSource.CLOSED) this.source = null;
+    });
+  }
+
+  close() {
+    this.source?.close();
+  }
+
+  take(event) {
+    for (const key of CURVES) if (event[key] != null) this.curves[key].put(event.step, event[key]);
+    if (event.type === "evaluated") tell(`Step ${event.step}: validation loss ${loss(event.val_loss)}`);
+    this.draw();
+  }
+
+  async refresh() {
+    const job = await ask(path(this.id));
+    if (view !== this) return;
+    const before = this.job?.status;
+    this.job = job;
+    if (before && before !== job.status) tell(`${job.name} is ${job.status}`);
+    this.showJob();
+    if (!this.source) await this.open();
+  }
+
+  showJob() {
+    const { job } = this;
+    document.title = `${job.name} · ${job.status} · Trainmaster`;
+    byId("run-title").textContent = job.name;
+    byId("run-id").textContent = job.id;
+    byId("run-labels").replaceChildren(
+      ...Object.entries(job.labels).map(([key, value]) => element("span", "label", `${key}=${value}`)),
+    );
+    showStatus(byId("run-status"), job);
+    byId("run-reason").textContent = job.error ? "" : job.status_reason;
+    const cancel = byId("cancel");
+    cancel.hidden = ENDED.includes(job.status);
+    cancel.disabled = job.status === "cancelling";
+    byId("run-progress").value = job.progress;
+    byId("run-steps").textContent = job.total_steps
+      ? `step ${count(job.step)} of ${count(job.total_steps)}`
+      : `${Math.round(100 * job.progress)} %`;
+    byId("run-error").hidden = !job.error;
+    byId("error-message").textContent = job.error ? `${job.error.reason}: ${job.error.message}` : "";
+    byId("error-log").textContent = job.error?.log.join("\n") ?? "";
+    byId("error-log").hidden = !job.error?.log.length;
+    for (const part of document.querySelectorAll(".train-only")) part.hidden = job.kind !== "train";
+    byId("spec").textContent = JSON.stringify(job.spec, null, 2);
+    this.showFigures();
+  }
+
+  showFigures() {
+    const { job, curves } = this;
+    const best = job.best_checkpoint;
+    const ran = ranSeconds(job);
+    const figures = [
+      ["Train loss", loss(curves?.train_loss.last)],
+      ["Best validation loss", best ? loss(best.val_loss) : "–", best ? `step ${count(best.step)}` : ""],
+      ["Bits per byte", loss(curves?.bits_per_byte.last)],
+      ["Tokens per second", job.tokens_per_second ? compact.format(job.tokens_per_second) : "–", mfu(job)],
+      ["Tokens seen", compact.format(job.tokens_seen), job.plan ? `of ${compact.format(job.plan.total_tokens)}` : ""],
+      ENDED.includes(job.status)
+        ? ["Took", ran === null ? "–" : duration(ran)]
+        : ["Time left", job.eta_seconds == null ? "–" : duration(job.eta_seconds), ran === null ? "" : `${duration(ran)} so far`],
+      ["Parameters", job.plan ? compact.format(job.plan.parameters) : "–"],
+      ["Attempt", job.attempt || "–", job.nodes.map((node) => node.slot).join(", ")],
+    ];
+    byId("figures").replaceChildren(
+      ...figures.map(([what, value, more]) => {
+        return element("div", "card", element("dt", "", what), element("dd", "", value, element("small", "quiet", more || "")));
+      }),
+    );
+  }
+
+  /* At most once a frame, however fast events come. */
+  draw() {
+    if (!this.drawn) return;
+    this.drawn = false;
+    requestAnimationFrame(() => {
+      this.drawn = true;
+      if (view !== this) return;
+      this.showFigures();
+      this.drawCharts();
+    });
+  }
+
+  drawCharts() {
+    const { train_loss: train, val_loss: val, tokens_per_second: speed, lr, grad_norm: grad } = this.curves;
+    const smooth = train.smoothed(Number(byId("smoothing").value));
+    charts.loss.show(uPlot.join([[train.steps, train.values, smooth], [val.steps, val.values]])); // prettier-ignore
+    charts.speed.show([speed.steps, speed.values]);
+    charts.lr.show([lr.steps, lr.values]);
+    charts.grad.show([grad.steps, grad.values]);
+    const at = train.steps.at(-1) ?? 0;
+    describe("loss-chart", `Loss by step. At step ${at}: train ${loss(train.last)}, validation ${loss(val.last)}`);
+    describe("speed-chart", `Tokens per second by step, now ${count(speed.last ?? 0)}`);
+    describe("lr-chart", `Learning rate by step, now ${lr.last ?? "unknown"}`);
+    describe("grad-chart", `Gradient norm by step, now ${loss(grad.last)}`);
+  }
+}
+
+function describe(id, text) {
+  byId(id).setAttribute("aria-label", text);
+}
+
+function mfu(job) {
+  return job.mfu ? `${(100 * job.mfu).toFixed(1)} % MFU` : "";
+}
+
+byId("log-scale").addEventListener("change", (event) => charts.loss.setLog(event.target.checked));
+byId("smoothing").addEventListener("input", (event) => {
+  byId("smoothing-value").textContent = Number(event.target.value).toFixed(2);
+  if (view.curves) view.draw();
+});
+
+// ---- cancelling
+
+const dialog = byId("cancel-dialog");
+byId("cancel").addEventListener("click", () => {
+  byId("cancel-question").textContent = `Cancel ${view.job.name}?`;
+  dialog.showModal();
+});
+byId("cancel-no").addEventListener("click", () => dialog.close());
+byId("cancel-yes").addEventListener("click", async () => {
+  dialog.close();
+  await attempt(() => ask(path(view.id, "/cancel"), { method: "POST" }));
+  poll();
+});
+
+// ---- which view, and keeping it fresh
+
+let view = null; // a RunView, or null for the list
+
+async function attempt(action) {
+  try {
+    await action();
+    complain();
+  } catch (error) {
+    if (error instanceof Refused) complain(error.message);
+    else if (error instanceof TypeError || error instanceof SyntaxError) complain("The server does not answer; trying again.");
+    else throw error;
+  }
+}
+
+let timer = 0;
+
+async function poll() {
+  clearTimeout(timer);
+  if (!document.hidden) {
+    const shown = view;
+    await attempt(() => Promise.all([shown ? shown.refresh() : refreshList(), refreshWorkers()]));
+  }
+  clearTimeout(timer);
+  timer = setTimeout(poll, POLL_MILLISECONDS);
+}
+
+function route() {
+  const id = decodeURIComponent(location.hash.slice(1));
+  view?.close();
+  dialog.close();
+  byId("list-view").hidden = Boolean(id);
+  byId("run-view").hidden = !id;
+  view = id ? new RunView(id) : null;
+  complain();
+  poll();
+}
+
+addEventListener("hashchange", () => {
+  route();
+  byId(view ? "run-title" : "list-title").focus();
+  scrollTo(0, 0);
+});
+document.addEventListener("visibilitychange", () => document.hidden || poll());
+route();

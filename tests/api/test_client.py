@@ -1,0 +1,90 @@
+"""The Python client against the real server, also while that is not there."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+import trainmaster.client
+from tests.api.server import FakeRun, Server, step, train_spec
+from tests.conftest import free_port
+from trainmaster import Client, TrainmasterError
+from worker.settings import Settings
+from worker.store import Store
+
+
+def test_a_job_from_submission_to_cancellation(client: Client) -> None:
+    assert client.plan(train_spec())["plan"]["total_steps"] == 12
+    job = client.submit(train_spec(labels={"who": "me"}))
+    assert client.job(job["id"]) == job
+    assert client.jobs(label="who=me", limit=1)["data"] == [job]
+    assert client.metrics(job["id"], keys=["val_loss"])["series"] == {"val_loss": {"step": [], "value": []}}
+    assert client.cancel(job["id"])["status"] == "cancelled"
+    assert list(client.events(job["id"])) == []
+
+
+def test_each_submission_is_its_own_job_unless_a_key_says_otherwise(client: Client) -> None:
+    assert client.submit(train_spec())["id"] != client.submit(train_spec())["id"]
+    assert client.submit(train_spec(), "mine")["id"] == client.submit(train_spec(), "mine")["id"]
+
+
+def test_a_refusal_carries_status_code_and_every_error(client: Client) -> None:
+    with pytest.raises(TrainmasterError) as caught:
+        client.submit(train_spec(max_steps=0, typo=1))
+    error = caught.value
+    assert (error.status, error.code) == (422, "invalid_spec")
+    assert {one["pointer"] for one in error.errors} == {"/max_steps", "/typo"}
+    assert "/max_steps: max_steps 0" in str(error) and "/typo: typo is no field" in str(error)
+    with pytest.raises(TrainmasterError, match="job-0") as caught:
+        list(client.events("job-0"))
+    assert (caught.value.status, caught.value.code) == (404, "job_not_found")
+
+
+def test_a_server_that_is_not_there_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainmaster.client, "CALL_SECONDS", 0.3)
+    with Client(f"http://127.0.0.1:{free_port()}") as client, pytest.raises(TrainmasterError) as caught:
+        client.jobs()
+    assert (caught.value.status, caught.value.code) == (None, "unreachable")
+    assert "is it up" in str(caught.value)
+
+
+def test_a_submission_waits_for_a_server_that_restarts_and_makes_one_job(
+    server: Server, client: Client, store: Store
+) -> None:
+    server.stop()
+    back = threading.Timer(0.5, server.start)
+    back.start()
+    job = client.submit(train_spec())
+    back.join()
+    assert [one.id for one in store.list_jobs().data] == [job["id"]]
+
+
+def test_events_come_once_and_in_order_over_a_restart(server: Server, client: Client, run: FakeRun) -> None:
+    run.write(*(step(i) for i in range(1, 21)))
+    seen = []
+    for event in client.events(run.id):
+        seen.append(event["step"])
+        if len(seen) == 10:
+            server.stop()
+            server.start()
+        if len(seen) == 20:
+            run.write(*(step(i) for i in range(21, 31)))
+        if len(seen) == 30:
+            server.stop()
+            run.write(step(31))
+            server.start()
+            run.end()
+    assert seen == list(range(1, 32))
+
+
+def test_events_can_begin_behind_a_known_one(client: Client, run: FakeRun) -> None:
+    run.write(*(step(i) for i in range(1, 6)))
+    run.end()
+    assert [event["step"] for event in client.events(run.id, after="1-3")] == [4, 5]
+
+
+def test_the_url_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
+    monkeypatch.setenv("TRAINMASTER_URL", "http://127.0.0.1:4711/")
+    with Client() as client:
+        assert client.url == "http://127.0.0.1:4711"

@@ -1,0 +1,181 @@
+"""Submitting, planning, finding and cancelling jobs over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.api.server import FakeRun, Server, node, train_spec
+from worker.settings import Settings
+from worker.store import Store
+
+
+def test_a_submitted_job_is_queued_and_found_where_location_says(http: httpx2.Client) -> None:
+    answer = http.post("/jobs", json=train_spec(labels={"who": "me"}))
+    assert answer.status_code == 201
+    job = answer.json()
+    assert http.get(answer.headers["location"]).json() == job
+    assert (job["status"], job["queue_position"], job["total_steps"]) == ("queued", 1, 12)
+    assert job["created_at"].endswith("Z")
+    assert [other["id"] for other in http.get("/jobs", params={"label": "who=me"}).json()["data"]] == [job["id"]]
+    assert http.get("/jobs", params={"status": "running"}).json()["data"] == []
+
+
+def test_what_is_stored_is_explicit(http: httpx2.Client) -> None:
+    model = http.post("/jobs", json=train_spec()).json()["spec"]["model"]
+    assert (model["vocab_size"], model["n_layer"], model["mlp"]) == (256, 4, "swiglu")
+
+
+def test_a_plan_has_the_numbers_of_the_job_and_queues_nothing(http: httpx2.Client, store: Store) -> None:
+    planned = http.post("/jobs/plan", json=train_spec()).json()
+    assert store.list_jobs().data == []
+    job = http.post("/jobs", json=train_spec()).json()
+    assert (job["spec"], job["plan"]) == (planned["spec"], planned["plan"])
+    assert planned["plan"]["total_tokens"] == 12 * 256
+
+
+def test_without_a_worker_a_job_is_queued_with_a_warning(http: httpx2.Client, store: Store) -> None:
+    def warnings() -> str:
+        return " ".join(http.post("/jobs/plan", json=train_spec()).json()["plan"]["warnings"])
+
+    assert "pool default has no live worker" in warnings()
+    store.register_node(node(1))
+    assert "worker" not in warnings()
+
+
+BAD = {
+    "an unknown field": (train_spec(max_step=3), "/max_step", ["max_step is no field", "max_steps"]),
+    "an unknown kind": (train_spec(kind="trian"), "/kind", ["kind 'trian'", "train, prepare"]),
+    "no kind": ({"name": "x"}, "/kind", ["missing", "train, prepare"]),
+    "a missing field": ({"kind": "train", "name": "x"}, "/model", ["model is missing"]),
+    "n_embd not divisible by n_head": (
+        train_spec(model={"preset": "llama-tiny", "n_embd": 100, "n_head": 3}),
+        "/model/n_embd",
+        ["n_embd 100", "n_head 3", "use n_head 1, 2, 4"],
+    ),
+    "tokens_per_step not divisible": (
+        train_spec(tokens_per_step=300),
+        "/tokens_per_step",
+        ["tokens_per_step 300", "block_size 32", "use 288 or 320"],
+    ),
+    "an unknown dataset": (
+        train_spec(data={"dataset": "python-stdlbi"}),
+        "/data/dataset",
+        ["dataset 'python-stdlbi'", "did you mean python-stdlib"],
+    ),
+    "more ranks than any slot has": (
+        train_spec(tokens_per_step=512, resources={"ranks_per_node": 4}),
+        "/resources/ranks_per_node",
+        ["ranks_per_node 4", "use 2 or fewer"],
+    ),
+    "a device the pool has not": (
+        train_spec(resources={"device": "cuda"}),
+        "/resources/device",
+        ["device cuda", "use cpu or auto"],
+    ),
+    "several nodes": (train_spec(resources={"nodes": 2}), "/resources/nodes", ["nodes 2", "use 1"]),
+    "an unknown preset": (
+        train_spec(model={"preset": "lama-tiny"}),
+        "/model/preset",
+        ["preset 'lama-tiny'", "llama-tiny"],
+    ),
+    "a text that is not there": (
+        {"kind": "prepare", "name": "p", "dataset": "d", "source": {"format": "text", "path": "no.txt"}},
+        "/source/path",
+        ["'no.txt'", "put the text there"],
+    ),
+    "a path out of the data root": (
+        {"kind": "prepare", "name": "p", "dataset": "d", "source": {"format": "text", "path": "../x"}},
+        "/source/path",
+        ["'../x'", "relative path"],
+    ),
+}
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/jobs/plan"])
+@pytest.mark.parametrize(("spec", "pointer", "words"), BAD.values(), ids=BAD)
+def test_a_spec_that_cannot_run_is_refused_with_field_value_and_way_out(
+    http: httpx2.Client, store: Store, path: str, spec: dict[str, Any], pointer: str, words: list[str]
+) -> None:
+    store.register_node(node(2))
+    answer = http.post(path, json=spec)
+    problem = answer.json()
+    assert (answer.status_code, problem["status"], problem["code"]) == (422, 422, "invalid_spec")
+    assert answer.headers["content-type"] == "application/problem+json"
+    error = next(error for error in problem["errors"] if error["pointer"] == pointer)
+    assert [word for word in words if word not in error["message"]] == [], error
+    assert error["message"] in problem["detail"]
+    assert store.list_jobs().data == []
+
+
+def test_every_problem_of_a_spec_is_named_at_once(http: httpx2.Client) -> None:
+    problem = http.post("/jobs", json=train_spec(max_steps=0, name="", typo=1)).json()
+    assert {error["pointer"] for error in problem["errors"]} == {"/max_steps", "/name", "/typo"}
+
+
+def test_a_prepare_job_is_accepted_once_its_text_is_there(http: httpx2.Client, settings: Settings) -> None:
+    (settings.datasets / "sources").mkdir(parents=True)
+    (settings.datasets / "sources" / "my.txt").write_text("once upon a time")
+    spec = {"kind": "prepare", "name": "p", "dataset": "mine", "source": {"format": "text", "path": "my.txt"}}
+    job = http.post("/jobs", json=spec).json()
+    assert (job["kind"], job["plan"], job["total_steps"]) == ("prepare", None, None)
+    spec["source"] = {"format": "hub", "repo": "someone/texts", "path": "data/*.parquet"}
+    assert http.post("/jobs", json=spec).status_code == 201  # a path on the Hub is no path of ours
+
+
+def test_posts_with_one_key_make_one_job(server: Server, store: Store) -> None:
+    def post(spec: dict[str, Any], key: str) -> httpx2.Response:
+        return server.http.post("/jobs", json=spec, headers={"Idempotency-Key": key})
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: post(train_spec(), "k"), range(24)))
+    assert {(answer.status_code, answer.json()["id"]) for answer in answers} == {(201, store.list_jobs().data[0].id)}
+    assert {answer.headers["location"] for answer in answers} == {f"/jobs/{store.list_jobs().data[0].id}"}
+    conflict = post(train_spec(name="other"), "k")
+    assert (conflict.status_code, conflict.json()["code"]) == (422, "idempotency_conflict")
+    assert "use a new key" in conflict.json()["detail"]
+    assert post(train_spec(name="other"), "k2").status_code == 201
+    assert len(store.list_jobs().data) == 2
+
+
+def test_a_page_of_jobs_leads_to_the_next(http: httpx2.Client) -> None:
+    made = [http.post("/jobs", json=train_spec(name=f"n{i}")).json()["id"] for i in range(5)]
+    seen, query = [], {"limit": "2"}
+    while True:
+        page = http.get("/jobs", params=query).json()
+        seen += [job["id"] for job in page["data"]]
+        if not page["has_more"]:
+            break
+        query["after"] = page["next"]
+    assert seen == made[::-1]
+
+
+def test_cancelling_again_changes_nothing(http: httpx2.Client, new_run: Callable[..., FakeRun]) -> None:
+    queued = http.post("/jobs", json=train_spec()).json()["id"]
+    first, second = (http.post(f"/jobs/{queued}/cancel") for _ in range(2))
+    assert first.json()["status"] == "cancelled" and first.json() == second.json()
+    running = new_run().id
+    first, second = (http.post(f"/jobs/{running}/cancel") for _ in range(2))
+    assert (first.status_code, first.json()["status"]) == (200, "cancelling")
+    assert first.json() == second.json()
+
+
+def test_datasets_presets_and_workers_say_what_a_spec_may_name(http: httpx2.Client, store: Store) -> None:
+    store.register_node(node(2, 1))
+    assert {"llama-tiny", "gpt2-124m"} <= http.get("/presets").json().keys()
+    assert next(d["name"] for d in http.get("/datasets").json() if not d["prepared"]) == "python-stdlib"
+    (only,) = http.get("/workers").json()
+    assert only["live"] and [slot["hardware"]["ranks"] for slot in only["slots"]] == [2, 1]
+
+
+def test_ready_means_redis_and_a_live_worker(http: httpx2.Client, store: Store) -> None:
+    assert http.get("/healthz").json() == {"status": "ok"}
+    assert (http.get("/readyz").status_code, http.get("/readyz").json()["code"]) == (503, "no_worker")
+    store.register_node(node(1))
+    assert http.get("/readyz").status_code == 200
+    store.retire_node("node")
+    assert http.get("/readyz").status_code == 503

@@ -1,0 +1,178 @@
+"""Every error is problem+json, whoever refuses: a route, the framework, or the guard before both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import httpx2
+import pytest
+
+from api.guard import MAX_BODY_BYTES
+from tests.api.server import FakeRun, Server, train_spec
+from tests.conftest import free_port
+from worker.settings import Settings
+from worker.store import Store
+
+JSON = {"Content-Type": "application/json"}
+
+
+def chunks() -> Iterator[bytes]:
+    """A body too large that does not say its length."""
+    for _ in range(MAX_BODY_BYTES // 65_536 + 1):
+        yield b" " * 65_536
+
+
+REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
+    "no such path": ({"method": "GET", "url": "/nothing"}, 404, "not_found"),
+    "no such static file": ({"method": "GET", "url": "/static/../app.py"}, 404, "not_found"),
+    "a climbing static path": ({"method": "GET", "url": "/static/%2e%2e/app.py"}, 404, "not_found"),
+    "another method": ({"method": "PUT", "url": "/jobs"}, 405, "method_not_allowed"),
+    "no such job": ({"method": "GET", "url": "/jobs/job-0"}, 404, "job_not_found"),
+    "an id that climbs": ({"method": "GET", "url": "/jobs/%2e%2e/metrics"}, 404, "job_not_found"),
+    "an id with a slash": ({"method": "GET", "url": "/jobs/%2Fetc/metrics"}, 404, "not_found"),
+    "no such job to cancel": ({"method": "POST", "url": "/jobs/job-0/cancel"}, 404, "job_not_found"),
+    "no such job to stream": (
+        {"method": "GET", "url": "/jobs/job-0/events", "headers": {"Accept": "text/event-stream"}},
+        404,
+        "job_not_found",
+    ),
+    "a limit out of range": ({"method": "GET", "url": "/jobs?limit=0"}, 422, "invalid_parameter"),
+    "an unknown status": ({"method": "GET", "url": "/jobs?status=done"}, 422, "invalid_parameter"),
+    "a cursor from elsewhere": ({"method": "GET", "url": "/jobs?after=abc"}, 422, "invalid_parameter"),
+    "an unknown curve": ({"method": "GET", "url": "/jobs/x/metrics?keys=loss"}, 422, "invalid_parameter"),
+    "an event id that is none": (
+        {"method": "GET", "url": "/jobs/x/events", "headers": {"Last-Event-ID": "$"}},
+        422,
+        "invalid_parameter",
+    ),
+    "broken JSON": ({"method": "POST", "url": "/jobs", "content": '{"kind"', "headers": JSON}, 400, "invalid_json"),
+    "not UTF-8": ({"method": "POST", "url": "/jobs", "content": b'"\xff"', "headers": JSON}, 400, "bad_request"),
+    "deep JSON": (
+        {"method": "POST", "url": "/jobs", "content": "[" * 100_000, "headers": JSON},
+        400,
+        "bad_request",
+    ),
+    "no body": ({"method": "POST", "url": "/jobs", "headers": JSON}, 422, "invalid_spec"),
+    "a list": ({"method": "POST", "url": "/jobs", "json": []}, 422, "invalid_spec"),
+    "no type": ({"method": "POST", "url": "/jobs", "content": "{}"}, 415, "unsupported_media_type"),
+    "a form": ({"method": "POST", "url": "/jobs", "data": {"kind": "train"}}, 415, "unsupported_media_type"),
+    "a large body": (
+        {"method": "POST", "url": "/jobs", "content": b" " * (MAX_BODY_BYTES + 1), "headers": JSON},
+        413,
+        "content_too_large",
+    ),
+    "a large body in chunks": (
+        {"method": "POST", "url": "/jobs", "content": chunks, "headers": JSON},
+        413,
+        "content_too_large",
+    ),
+    "a long key": (
+        {"method": "POST", "url": "/jobs", "json": train_spec(), "headers": {"Idempotency-Key": "k" * 201}},
+        422,
+        "invalid_parameter",
+    ),
+}
+
+
+@pytest.mark.parametrize(("request_", "status", "code"), REFUSED.values(), ids=REFUSED)
+def test_every_refusal_is_problem_json(
+    http: httpx2.Client, store: Store, request_: dict[str, Any], status: int, code: str
+) -> None:
+    if callable(request_.get("content")):
+        request_ = request_ | {"content": request_["content"]()}
+    answer = http.request(**request_)
+    problem = answer.json()
+    assert (answer.status_code, problem["status"], problem["code"]) == (status, status, code), problem
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert problem["title"] and problem["detail"] and problem["type"] == "about:blank"
+    assert store.list_jobs().data == []
+
+
+def test_a_bad_parameter_is_named_with_its_value(http: httpx2.Client) -> None:
+    (error,) = http.get("/jobs", params={"limit": "1000"}).json()["errors"]
+    assert error["pointer"] == "/query/limit" and "limit '1000'" in error["message"] and "100" in error["message"]
+
+
+@pytest.mark.parametrize("depth", [50, 300, 900, 20_000])
+def test_a_deep_spec_is_refused_at_any_depth(http: httpx2.Client, depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    body = json.dumps(train_spec(labels={"deep": 0})).replace('"deep": 0', f'"deep": {nested}')
+    answer = http.post("/jobs", content=body, headers=JSON)
+    assert answer.status_code in (400, 422), answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+FOREIGN = [
+    {"Host": "evil.example"},
+    {"Host": "evil.example:80"},
+    {"Host": "127.0.0.1.evil.example"},
+    {"Host": "192.168.1.9"},
+    {"Host": "["},
+    {"Host": ""},
+    {"Origin": "http://evil.example"},
+    {"Origin": "http://127.0.0.1"},  # another port is another site
+    {"Origin": "http://localhost:8000"},
+    {"Origin": "null"},
+    {"Origin": ""},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+def test_a_foreign_page_can_neither_cancel_nor_read_a_run(
+    http: httpx2.Client, run: FakeRun, headers: dict[str, str]
+) -> None:
+    for answer in (http.post(f"/jobs/{run.id}/cancel", headers=headers), http.get("/jobs", headers=headers)):
+        assert answer.status_code == 403, headers
+        assert answer.json()["code"] in ("foreign_host", "foreign_origin")
+        assert answer.headers["content-type"] == "application/problem+json"
+    assert http.get(f"/jobs/{run.id}").json()["status"] == "running"
+
+
+def test_the_own_page_and_every_loopback_name_may_call(settings: Settings, run: FakeRun) -> None:
+    with Server(replace(settings, url="https://box.example/")) as server:
+        port = server.url.rpartition(":")[2]
+        for host in (
+            f"127.0.0.1:{port}",
+            f"localhost:{port}",
+            f"[::1]:{port}",
+            "LOCALHOST",
+            "box.example",
+            "127.8.8.8",
+        ):
+            answer = server.http.post(f"/jobs/{run.id}/cancel", headers={"Host": host, "Origin": f"http://{host}"})
+            assert answer.status_code == 200, host
+
+
+def test_the_page_runs_nothing_from_elsewhere_and_is_framed_by_nobody(http: httpx2.Client) -> None:
+    answer = http.get("/")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'self'" in policy and "unsafe" not in policy
+    assert answer.headers["x-frame-options"] == "DENY"
+    assert http.get("/static/app.js").headers["x-content-type-options"] == "nosniff"
+
+
+def test_with_redis_away_the_answer_says_so_and_names_no_password(settings: Settings) -> None:
+    url = f"redis://:secret@127.0.0.1:{free_port()}/0"
+    with Server(replace(settings, redis_url=url)) as server:
+        for answer in (server.http.get("/readyz"), server.http.post("/jobs", json=train_spec())):
+            assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+            assert answer.headers["retry-after"] and "secret" not in answer.text
+        assert server.http.get("/healthz").status_code == 200
+
+
+def test_openapi_describes_the_errors_as_they_are(http: httpx2.Client) -> None:
+    schema = http.get("/openapi.json").json()
+    assert {"/jobs", "/jobs/plan", "/jobs/{job_id}/metrics", "/jobs/{job_id}/cancel"} <= schema["paths"].keys()
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            for status in ("422", "default"):
+                content = operation["responses"][status]["content"]
+                assert content == {
+                    "application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}
+                }, path
+    body = schema["paths"]["/jobs"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {option["$ref"].rpartition("/")[2] for option in body["oneOf"]} == {"TrainSpec", "PrepareSpec"}
+    assert http.get("/docs").status_code == 200

@@ -1,0 +1,176 @@
+"""The page in a real browser, on runs that grow while it looks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.api.server import FakeRun, Server, evaluated, step, train_spec
+from tests.browser.conftest import Complaints
+from tests.conftest import wait_until
+from worker.job import BestCheckpoint, JobError
+from worker.store import Store
+
+pytestmark = pytest.mark.slow
+
+LOW_CONTRAST = Path(__file__).with_name("contrast.js").read_text()
+# pixels of the train curve's colour
+DRAWN = """() => {
+    const canvas = document.querySelector("#loss-chart canvas");
+    const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+    let count = 0;
+    for (let at = 0; at < pixels.length; at += 4)
+        count += pixels[at + 3] > 200 && Math.abs(pixels[at] - 79) + Math.abs(pixels[at + 1] - 70) < 30;
+    return count;
+}"""
+
+
+def feed(run: FakeRun, first: int, last: int) -> None:
+    """Steps as a trainer and its launcher report them."""
+    run.write(*(step(i, 5 / i**0.3) for i in range(first, last + 1)))
+    run.report(step=last, total_steps=100, progress=last / 100, tokens_per_second=2560.0, eta_seconds=90.0)
+
+
+def at_step(page: Page, number: int) -> None:
+    expect(page.locator("#loss-chart")).to_have_attribute("aria-label", re.compile(f"At step {number}: "))
+
+
+def test_the_list_shows_every_run_with_its_numbers(page: Page, server: Server, new_run: Callable[..., FakeRun]) -> None:
+    failed, running = new_run(name="broken"), new_run(name="good")
+    feed(failed, 1, 3)
+    failed.end("failed", error=JobError(reason="crash", message="boom"))
+    feed(running, 1, 50)
+    running.report(best_checkpoint=BestCheckpoint(step=50, val_loss=1.75), phase="training")
+    server.http.post("/jobs", json=train_spec(name="waiting", resources={"pool": "other"}))
+    page.goto(server.url)
+    rows = page.locator("#runs tbody tr")
+    expect(rows).to_have_count(3)
+    expect(rows.nth(0)).to_contain_text("waiting")
+    expect(rows.nth(0)).to_contain_text("1. in queue")
+    for text in ("good", "running · training", "50 / 100", "1.546", "val 1.750", "2.6K", "1 min 30 s"):
+        expect(rows.nth(1)).to_contain_text(text)
+    expect(rows.nth(1).locator("polyline")).to_have_count(1)
+    expect(rows.nth(2)).to_contain_text("failed")
+    feed(running, 51, 60)
+    expect(rows.nth(1)).to_contain_text("60 / 100")
+
+
+def test_a_curve_is_drawn_and_grows_as_steps_come(page: Page, server: Server, run: FakeRun) -> None:
+    feed(run, 1, 20)
+    page.goto(server.url)
+    page.get_by_role("link", name="tiny").click()
+    at_step(page, 20)
+    few = wait_until(lambda: page.evaluate(DRAWN))
+    run.write(evaluated(20, 1.75))
+    expect(page.locator("#loss-chart")).to_have_attribute("aria-label", re.compile("validation 1.750"))
+    expect(page.locator("#news")).to_have_text("Step 20: validation loss 1.750")
+    for last in range(21, 60):
+        feed(run, last, last)
+    at_step(page, 59)
+    assert page.evaluate(DRAWN) != few
+    run.begin_attempt()
+    feed(run, 51, 70)  # steps that came before come again
+    at_step(page, 70)
+    linear = page.locator("#loss-chart canvas").screenshot()
+    page.get_by_label("Log scale").check()
+    logarithmic = page.locator("#loss-chart canvas").screenshot()
+    page.get_by_label("Smoothing").fill("0.95")
+    expect(page.locator("#smoothing-value")).to_have_text("0.95")
+    assert linear != logarithmic
+    run.end("succeeded", progress=1.0)
+    expect(page.locator("#run-status")).to_have_text("succeeded")
+    expect(page.get_by_role("button", name="Cancel run")).to_be_hidden()
+
+
+def test_a_run_without_a_step_yet_is_shown_and_begins(page: Page, server: Server, run: FakeRun) -> None:
+    page.goto(f"{server.url}/#{run.id}")
+    at_step(page, 0)
+    assert page.evaluate(DRAWN) == 0
+    for last in range(1, 20):
+        feed(run, last, last)
+    at_step(page, 19)
+    wait_until(lambda: page.evaluate(DRAWN) > 200)
+
+
+def test_a_run_is_cancelled_by_keyboard_after_a_question(
+    page: Page, server: Server, run: FakeRun, store: Store
+) -> None:
+    feed(run, 1, 5)
+    page.goto(server.url)
+    expect(page.get_by_role("link", name="tiny")).to_be_visible()
+    page.get_by_role("link", name="tiny").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#run-title")).to_be_focused()
+    page.get_by_role("button", name="Cancel run").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_contain_text("Cancel tiny?")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    assert store.get_job(run.id).status == "running"
+    page.keyboard.press("Enter")
+    page.get_by_role("dialog").get_by_role("button", name="Cancel run").press("Enter")
+    expect(page.locator("#run-status")).to_have_text("cancelling")
+    assert store.get_job(run.id).status == "cancelling"
+    run.end("cancelled")
+    expect(page.locator("#run-status")).to_have_text("cancelled")
+    expect(page.locator("#news")).to_have_text("tiny is cancelled")
+
+
+def test_what_a_user_wrote_is_shown_and_never_run(page: Page, server: Server, new_run: Callable[..., FakeRun]) -> None:
+    hostile = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
+    run = new_run(labels={"note": hostile})
+    feed(run, 1, 2)
+    run.end("failed", error=JobError(reason="crash", message=hostile, log=[hostile]))
+    page.goto(f"{server.url}/#{run.id}")
+    for place in ("#run-labels", "#error-message", "#error-log", "#spec"):
+        expect(page.locator(place)).to_contain_text("<img src=x")
+    assert page.locator("main img, main script").count() == 0
+    expect(page).to_have_title(re.compile("tiny · failed"))
+
+
+def test_the_curve_goes_on_after_the_server_was_away(
+    page: Page, server: Server, run: FakeRun, complaints: Complaints
+) -> None:
+    complaints.expected = "Failed to load resource: net::"
+    feed(run, 1, 10)
+    page.goto(f"{server.url}/#{run.id}")
+    at_step(page, 10)
+    server.stop()
+    expect(page.locator("#connection")).to_contain_text("does not answer")
+    feed(run, 11, 20)
+    server.start()
+    at_step(page, 20)
+    expect(page.locator("#connection")).to_be_hidden()
+    feed(run, 21, 30)
+    at_step(page, 30)
+
+
+def test_a_run_that_is_not_there_is_said_so(page: Page, server: Server, complaints: Complaints) -> None:
+    complaints.expected = ".* status of 404"
+    page.goto(f"{server.url}/#job-0")
+    expect(page.locator("#connection")).to_contain_text("there is no job 'job-0'")
+    page.get_by_role("link", name="All runs").click()
+    expect(page.locator("#empty")).to_be_visible()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_the_page_fits_its_width_in_both_themes(
+    browser: Browser, server: Server, new_run: Callable[..., FakeRun], theme: str, width: int
+) -> None:
+    run = new_run(name="a-name-without-any-place-to-break-it-in-two-or-three-lines-of-text", labels={"k": "v" * 150})
+    feed(run, 1, 30)
+    run.end("failed", error=JobError(reason="crash", message="m" * 200, log=["l" * 300]))
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=theme)  # type: ignore[arg-type]
+    page.goto(server.url)
+    page.locator("#runs polyline").wait_for()
+    for _ in ("list", "run"):
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate(LOW_CONTRAST) == []
+        page.get_by_role("link", name="a-name").click() if page.locator("#list-view").is_visible() else None
+        page.locator("#loss-chart canvas").wait_for(state="attached")
+    page.close()

@@ -1,0 +1,128 @@
+"""The rules of the house: which package may know which, and how large things may get."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("gptcore", "worker", "api", "trainmaster")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+OURS_AND_SERVERS = {"redis", "rq", "fastapi", "starlette", "uvicorn", "httpx2", "worker", "api", "trainmaster"}
+FORBIDDEN = {
+    "gptcore": OURS_AND_SERVERS,
+    "worker": {"fastapi", "starlette", "uvicorn", "torch", "numpy", "api", "trainmaster"},
+    "api": {"torch", "numpy", "rq", "trainmaster"},
+}
+# what the API, the command line and the worker may read of the trainer: nothing that needs torch
+TORCH_FREE = ("api.app", "worker.agent", "worker.launch", "trainmaster.cli", "trainmaster.client", "gptcore.plan")
+
+MOST_LINES_OF_CODE = 5500  # without blank lines, comments, docstrings: someone must be able to read it all
+MOST_LINES_OF_A_FILE = 450
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of everything a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports_at_load(path: Path) -> Iterator[str]:
+    """Our modules among what is imported as a module loads: what could go round in a circle."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                continue
+            case ast.If(test=ast.Name("TYPE_CHECKING") | ast.Compare(left=ast.Name("__name__"))):
+                continue
+            case ast.Import():
+                yield from (alias.name for alias in node.names)
+            case ast.ImportFrom():
+                yield from (
+                    name for alias in node.names for name in (node.module, f"{node.module}.{alias.name}") if name
+                )
+        waiting += ast.iter_child_nodes(node)
+
+
+def lines_of_code(path: Path) -> int:
+    text = path.read_text()
+    skipped: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                skipped |= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and n not in skipped for n, line in lines)
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_a_package_knows_none_that_it_must_not(package: str) -> None:
+    found = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in FILES
+        if path.is_relative_to(ROOT / package)
+        for name in imports(path)
+        if name.split(".")[0] in FORBIDDEN[package]
+    }
+    assert found == set()
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_what_serves_and_schedules_loads_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_imports_go_round_in_no_circle() -> None:
+    graph = {
+        module: {name for name in imports_at_load(path) if name in MODULES and name != module}
+        for module, path in MODULES.items()
+    }
+    assert any(graph.values())
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError naming the circle
+
+
+def test_packages_are_flat_and_their_init_is_empty() -> None:
+    init = {path.parent.name: path.read_text() for path in FILES if path.name == "__init__.py"}
+    assert set(init) == set(PACKAGES)
+    assert {name for name, text in init.items() if text.strip()} == {"trainmaster"}
+    assert all(line.startswith("from trainmaster.client import") for line in init["trainmaster"].splitlines())
+    assert [path for path in FILES if path.parent.parent != ROOT] == []
+
+
+def test_no_module_is_a_drawer_for_odds_and_ends() -> None:
+    assert {path.stem for path in FILES} & {"utils", "util", "helpers", "common", "misc", "base"} == set()
+
+
+def test_only_the_store_and_its_keys_spell_a_redis_key() -> None:
+    spelled = {path.name for path in FILES if "trainmaster:" in path.read_text().replace("`trainmaster:`", "")}
+    assert spelled == {"keys.py"}
+
+
+def test_someone_can_read_it_all() -> None:
+    sizes = Counter({"lua": sum(len(p.read_text().splitlines()) for p in (ROOT / "worker" / "lua").glob("*.lua"))})
+    for path in FILES:
+        sizes[path.relative_to(ROOT).parts[0]] += lines_of_code(path)
+    assert sizes.total() < MOST_LINES_OF_CODE, dict(sizes)
+
+
+def test_no_file_is_too_long_for_one_thought() -> None:
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES_OF_A_FILE} == {}

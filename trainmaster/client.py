@@ -1,0 +1,175 @@
+"""The Python client of a Trainmaster server.
+
+    from trainmaster import Client
+
+    client = Client()
+    job = client.submit(spec)
+    for event in client.events(job["id"]):
+        ...
+
+What goes in and comes out is JSON as the server speaks it. Every call is safe to send twice, so a
+lost connection or a server that restarts is tried again before it becomes an error.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import httpx2
+
+from worker.settings import Settings
+
+Json = dict[str, Any]
+CALL_SECONDS = 3.0  # how long a server may be away within a call
+STREAM_SECONDS = 60.0  # and within a stream: it may be restarting
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
+SILENCE_SECONDS = 45.0  # a stream says something every 10 s
+MAY_PASS = {None, 429, 502, 503, 504}  # statuses of a server or its Redis that is away for a moment
+
+
+class TrainmasterError(Exception):
+    """The server refused, or could not be reached.
+
+    `status` is the HTTP status, None where there was no answer; `code` names the situation
+    ("invalid_spec", "job_not_found", "unreachable", ...); `errors` are {"pointer", "message"} of
+    what is wrong in the body, one an error.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None, code: str, errors: list[Json] | None = None):
+        self.status = status
+        self.code = code
+        self.errors = errors or []
+        super().__init__(message)
+
+
+class Client:
+    """`url` is the server's; by default TRAINMASTER_URL's, else that of a local `trainmaster up`."""
+
+    def __init__(self, url: str | None = None):
+        self.url = (url or Settings.from_environment().url).rstrip("/")
+        self._http = httpx2.Client(
+            base_url=self.url,
+            timeout=httpx2.Timeout(30.0, connect=5.0),
+            trust_env=not _is_loopback(self.url),  # a proxy cannot reach this machine's own server
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def submit(self, spec: Json, idempotency_key: str | None = None) -> Json:
+        """Queue a job spec → the job. With the key of an earlier call: that call's job."""
+        key = idempotency_key or str(uuid.uuid4())
+        return self._call("POST", "/jobs", json=spec, headers={"Idempotency-Key": key})
+
+    def plan(self, spec: Json) -> Json:
+        """What a spec comes to, nothing queued → {"spec": resolved, "plan": numbers}."""
+        return self._call("POST", "/jobs/plan", json=spec)
+
+    def job(self, job_id: str) -> Json:
+        return self._call("GET", f"/jobs/{job_id}")
+
+    def jobs(self, **filters: str | int) -> Json:
+        """A page of jobs, newest first → {"data", "has_more", "next"}. `after` takes a page's `next`."""
+        return self._call("GET", "/jobs", params=filters)
+
+    def cancel(self, job_id: str) -> Json:
+        """Ask for a job's end → the job; it ends once it is `cancelled`."""
+        return self._call("POST", f"/jobs/{job_id}/cancel")
+
+    def metrics(self, job_id: str, **query: Any) -> Json:
+        """A run's curves → {"job_id", "last_event_id", "series": {key: {"step": [], "value": []}}}."""
+        return self._call("GET", f"/jobs/{job_id}/metrics", params=query)
+
+    def events(self, job_id: str, after: str | None = None) -> Iterator[Json]:
+        """Every event of a job, live, until the job has ended; `after` is the id of the last one known.
+
+        Reconnects where it left off: no event is missed or seen twice.
+        """
+        trial = _Trial(STREAM_SECONDS)
+        while True:
+            try:
+                for event in self._stream(f"/jobs/{job_id}/events", after):
+                    if event.event == "end":
+                        return
+                    after, trial = event.id, _Trial(STREAM_SECONDS)
+                    yield json.loads(event.data)
+            except httpx2.TransportError as error:
+                trial.failed(_unreachable(error))
+            except TrainmasterError as error:
+                trial.failed(error)
+            else:  # closed without an end: the server is going down
+                trial.failed(_unreachable("it closed the stream"))
+
+    def _stream(self, path: str, after: str | None) -> Iterator[httpx2.ServerSentEvent]:
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
+        timeout = httpx2.Timeout(SILENCE_SECONDS, connect=5.0)
+        with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
+            if not response.is_success:
+                response.read()
+                raise _refusal(response)
+            yield from (event for event in httpx2.EventSource(response) if event.data)
+
+    def _call(self, method: str, path: str, **request: Any) -> Json:
+        trial = _Trial(CALL_SECONDS)
+        while True:
+            try:
+                response = self._http.request(method, path, **request)
+            except httpx2.TransportError as error:
+                trial.failed(_unreachable(error))
+                continue
+            if response.is_success:
+                answer: Json = response.json()
+                return answer
+            trial.failed(_refusal(response))
+
+
+class _Trial:
+    """Tries of one thing, with longer pauses between them, until patience ends."""
+
+    def __init__(self, seconds: float) -> None:
+        self._give_up_at = time.monotonic() + seconds
+        self._pause = FIRST_PAUSE_SECONDS
+
+    def failed(self, error: TrainmasterError) -> None:
+        """Wait before the next try. Raises the error where another try is of no use, or none is left."""
+        if error.status not in MAY_PASS or time.monotonic() + self._pause > self._give_up_at:
+            raise error
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+
+
+def _unreachable(why: object) -> TrainmasterError:
+    message = f"the server cannot be reached: {why}; is it up, and is the URL right?"
+    return TrainmasterError(message, code="unreachable")
+
+
+def _refusal(response: httpx2.Response) -> TrainmasterError:
+    """The server's problem+json as an exception; something else's answer (a proxy's) by its status."""
+    is_problem = response.headers.get("content-type", "").startswith("application/problem+json")
+    problem: Json = response.json() if is_problem else {"detail": response.text[:500] or response.reason_phrase}
+    errors: list[Json] = problem.get("errors", [])
+    said = [f"{error['pointer'] or '/'}: {error['message']}" for error in errors] or [problem["detail"]]
+    code = problem.get("code", "http_error")
+    return TrainmasterError("\n".join(said), status=response.status_code, code=code, errors=errors)
+
+
+def _is_loopback(url: str) -> bool:
+    host = httpx2.URL(url).host
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
