@@ -27,7 +27,7 @@ def planned(spec: TrainSpec | PrepareSpec, settings: Settings, store: Store) -> 
         raise SpecError([Problem(pointer="/resources/nodes", message=message)])
     resolved = resolve(spec, settings.datasets)
     pool, device = spec.resources.pool, spec.resources.device
-    hardware = store.pool_hardware(pool)
+    hardware = store.pool_hardware(pool, device)
     if hardware is not None:
         return Planned(spec=resolved, plan=plan(resolved, hardware))
     numbers = plan(resolved, Hardware(device="cpu" if device == "auto" else device, ranks=ANY_RANKS))

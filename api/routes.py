@@ -98,13 +98,14 @@ def submit(
     ] = None,
 ) -> Job:
     """Check a job spec and queue it."""
-    accepted = planned(spec, services.settings, services.store)
-    job, _ = services.store.create_job(
-        accepted.spec,
-        accepted.plan,
-        idempotency_key=idempotency_key,
-        body_sha256=hashlib.sha256(spec.model_dump_json().encode()).hexdigest(),
-    )
+    body_sha256 = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+    # before planning: a repeated request gets its first answer, whatever the pool has become since
+    job = services.store.replayed_job(idempotency_key, body_sha256) if idempotency_key else None
+    if job is None:
+        accepted = planned(spec, services.settings, services.store)
+        job, _ = services.store.create_job(
+            accepted.spec, accepted.plan, idempotency_key=idempotency_key, body_sha256=body_sha256
+        )
     response.headers["Location"] = f"/jobs/{job.id}"
     return job
 

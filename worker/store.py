@@ -130,6 +130,12 @@ class Store:
             if outcome != "taken":
                 return self.get_job(job_id), outcome == "created"
 
+    def replayed_job(self, idempotency_key: str, body_sha256: str) -> Job | None:
+        """The job that this key and body made in the last 24 h. Another body is left to `create_job` to refuse."""
+        held, body = self._redis.hmget(KEYS["idempotency"] + idempotency_key, "job", "sha256")
+        found = self._get_jobs([held]) if held and body == body_sha256 else []
+        return found[0] if found else None
+
     def get_job(self, job_id: str) -> Job:
         """Raises JobNotFound."""
         jobs = self._get_jobs([job_id])
@@ -341,9 +347,13 @@ class Store:
             nodes.append(Node.model_validate(node | {"lease_until": until, "live": until > now}))
         return nodes
 
-    def pool_hardware(self, pool: str) -> Hardware | None:
-        """The largest slot of a pool's live nodes, GPUs before cores; None where no node is live."""
+    def pool_hardware(self, pool: str, device: str = "auto") -> Hardware | None:
+        """The largest slot of a pool's live nodes, GPUs before cores; None where no node is live.
+
+        A `device` other than "auto" is preferred, where the pool has it.
+        """
         slots = [slot.hardware for node in self.list_nodes() if node.live and node.pool == pool for slot in node.slots]
+        slots = [hardware for hardware in slots if hardware.device == device] or slots
         return max(slots, key=lambda hardware: (hardware.device == "cuda", hardware.ranks), default=None)
 
     def _now(self) -> float:

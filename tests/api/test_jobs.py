@@ -142,6 +142,18 @@ def test_posts_with_one_key_make_one_job(server: Server, store: Store) -> None:
     assert len(store.list_jobs().data) == 2
 
 
+def test_a_repeated_request_gets_its_first_answer_though_the_pool_has_shrunk(server: Server, store: Store) -> None:
+    store.register_node(node(2, name="big"))
+    spec = train_spec(resources={"ranks_per_node": 2})
+    first = server.http.post("/jobs", json=spec, headers={"Idempotency-Key": "k"})
+    assert first.status_code == 201
+    store.retire_node("big")
+    store.register_node(node(1, name="small"))
+    again = server.http.post("/jobs", json=spec, headers={"Idempotency-Key": "k"})
+    assert (again.status_code, again.json()["id"]) == (201, first.json()["id"])
+    assert server.http.post("/jobs", json=spec, headers={"Idempotency-Key": "k2"}).status_code == 422
+
+
 def test_a_page_of_jobs_leads_to_the_next(http: httpx2.Client) -> None:
     made = [http.post("/jobs", json=train_spec(name=f"n{i}")).json()["id"] for i in range(5)]
     seen, query = [], {"limit": "2"}

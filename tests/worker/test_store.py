@@ -266,6 +266,17 @@ def test_following_an_unknown_job_is_refused(store: Store) -> None:
         asyncio.run(follow())
 
 
+def test_a_mixed_pool_offers_the_device_that_is_asked_for(store: Store) -> None:
+    store.register_node(node("a", 2, 6))
+    cpu = store.pool_hardware("default")
+    assert cpu is not None
+    gpu = cpu.model_copy(update={"device": "cuda", "ranks": 1})
+    slot = node("b", 1).slots[0]
+    store.register_node(node("b", 1).model_copy(update={"slots": [slot.model_copy(update={"hardware": gpu})]}))
+    assert store.pool_hardware("default") == gpu
+    assert store.pool_hardware("default", "cpu") == cpu
+
+
 def test_a_dead_node_gets_no_job_and_offers_no_hardware(store: Store) -> None:
     store.register_node(node("a", 2, 6))
     hardware = store.pool_hardware("default")
