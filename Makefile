@@ -1,0 +1,47 @@
+PYTHON ?= python3
+COMPOSE ?= docker compose
+TORCH_INDEX ?=
+TORCH_BUILD ?=
+PYTEST_ARGS ?=
+
+export PYTHON TORCH_INDEX TORCH_BUILD
+
+.PHONY: help setup demo up test test-slow test-docker lint format
+
+help:
+	@echo "make demo         train a small GPT on this machine, end to end"
+	@echo "make up           start the local stack in the foreground"
+	@echo "make test         the quick tests     make test-slow     the long ones"
+	@echo "make lint         ruff and mypy       make format        let ruff rewrite"
+	@echo "make test-docker  build the containers and run the demo through them"
+	@echo "make setup        only install, into .venv"
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt setup.sh
+	@./setup.sh
+	@touch $@
+
+demo: setup
+	@.venv/bin/trainmaster demo
+
+up: setup
+	@.venv/bin/trainmaster up
+
+test: setup
+	.venv/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: setup
+	.venv/bin/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: setup
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+test-docker: setup
+	COMPOSE="$(COMPOSE)" docker/test

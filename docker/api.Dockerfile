@@ -1,0 +1,17 @@
+# The API: no torch, no compiler.
+FROM python:3.11-slim-bookworm
+
+ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 TRAINMASTER_HOME=/data
+EXPOSE 8000
+# compose publishes this port on the host's loopback only
+CMD ["trainmaster", "api", "--host", "0.0.0.0", "--port", "8000", "--behind-loopback"]
+
+RUN useradd --uid 1000 --create-home trainmaster && install -d -o trainmaster -g trainmaster /data
+WORKDIR /app
+
+# dependencies first: a change of the source does not install them again
+COPY pyproject.toml constraints.txt setup.sh ./
+RUN mkdir gptcore worker api trainmaster && touch README.md LICENSE && EXTRAS=api ./setup.sh
+
+COPY . .
+USER trainmaster

@@ -1,0 +1,21 @@
+# A worker: torch, and the compiler that torch.compile calls.
+FROM python:3.11-slim-bookworm
+
+ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 TRAINMASTER_HOME=/data
+CMD ["trainmaster", "worker"]
+
+RUN apt-get update -qq \
+ && apt-get install -y -qq --no-install-recommends gcc g++ >/dev/null \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --uid 1000 --create-home trainmaster \
+ && install -d -o trainmaster -g trainmaster /data
+WORKDIR /app
+
+# cpu: the CPU build where an index has it (TORCH_INDEX names one more); cuda: the default build
+ARG TORCH_BUILD=cpu
+ARG TORCH_INDEX=
+COPY pyproject.toml constraints.txt setup.sh ./
+RUN mkdir gptcore worker api trainmaster && touch README.md LICENSE && EXTRAS=worker,train ./setup.sh
+
+COPY . .
+USER trainmaster

@@ -1,0 +1,104 @@
+"""Commands that need no server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.trainmaster.conftest import run
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo.json"
+
+
+def demo_spec(**changes: object) -> str:
+    return json.dumps({**json.loads(DEMO.read_text()), **changes})
+
+
+def test_the_command_line_starts_without_its_heavy_parts() -> None:
+    code = "import sys, trainmaster.cli; print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "numpy", "redis", "rq", "fastapi"} & set(loaded)
+
+
+def test_plan_gives_the_numbers_without_a_server_and_without_torch(home: Path) -> None:
+    code = (
+        "import sys; from trainmaster.cli import main; sys.argv = ['trainmaster', 'plan', sys.argv[1], '--json']\n"
+        "try: main()\n"
+        "finally: sys.stderr.write(str('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(DEMO)], capture_output=True, text=True)
+    planned = json.loads(done.stdout)
+    assert planned["plan"]["total_tokens"] == 300 * 8192
+    assert planned["spec"]["model"]["vocab_size"] == 256
+    assert done.stderr == "False"
+
+
+def test_plan_reads_standard_input_and_shows_a_table(home: Path) -> None:
+    done = run("plan", "-", stdin=demo_spec(max_steps=7))
+    assert done.returncode == 0
+    assert "7 of 8,192 tokens" in done.stdout
+
+
+def test_a_spec_that_cannot_run_is_refused_field_by_field(home: Path) -> None:
+    done = run("plan", "-", stdin=demo_spec(tokens_per_step=1000, nam="x"))
+    assert done.returncode == 1
+    assert "/nam: nam is no field here" in done.stderr
+    done = run("plan", "-", stdin=demo_spec(tokens_per_step=1000))
+    assert done.returncode == 1
+    assert done.stderr.startswith("/tokens_per_step: ") and "1000" in done.stderr and "768 or 1024" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("stdin", "said"), [("{", "is not JSON"), ("[]", "holds a list"), ('"x"', "holds a str")])
+def test_what_is_no_spec_at_all_is_named(home: Path, stdin: str, said: str) -> None:
+    done = run("plan", "-", stdin=stdin)
+    assert done.returncode == 1
+    assert said in done.stderr
+
+
+def test_a_missing_file_is_named(home: Path) -> None:
+    done = run("plan", "no-such.json")
+    assert (done.returncode, done.stderr) == (1, "no-such.json cannot be read: No such file or directory\n")
+
+
+@pytest.mark.parametrize("command", [["up"], ["api"]])
+def test_an_open_address_is_refused_while_there_are_no_keys(home: Path, command: list[str]) -> None:
+    done = run(*command, "--host", "0.0.0.0")
+    assert done.returncode == 2
+    assert "asks for no key" in done.stderr
+    assert not home.exists()
+
+
+def test_prepare_makes_a_dataset_that_a_spec_can_name(home: Path, tmp_path: Path) -> None:
+    text = tmp_path / "my.txt"
+    text.write_text("\n".join(f"line {n} of a text of my own" for n in range(40_000)))
+    done = run("prepare", "mytext", "--text", str(text), "--tokenizer", "bytes", "--json")
+    assert done.returncode == 0, done.stderr
+    dataset = json.loads(done.stdout)
+    assert dataset["train"]["bytes"] + dataset["val"]["bytes"] == text.stat().st_size
+    assert dataset["val"]["documents"] > 0
+    planned = run("plan", "-", "--json", stdin=demo_spec(data={"dataset": "mytext"}))
+    assert json.loads(planned.stdout)["spec"]["data"] == {"dataset": "mytext"}
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
+def test_prepare_refuses_a_name_that_leaves_the_datasets(home: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "my.txt").write_text("text")
+    assert run("prepare", name, "--text", str(tmp_path / "my.txt")).returncode == 2
+    assert not home.exists()
+
+
+def test_prepare_names_the_text_that_is_missing(home: Path) -> None:
+    done = run("prepare", "mytext", "--text", "no-such.txt")
+    assert (done.returncode, done.stderr) == (1, "no-such.txt does not exist\n")
+
+
+def test_a_setting_that_cannot_be_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINMASTER_DEVICE", "tpu")
+    done = run("up")
+    assert done.returncode == 1
+    assert done.stderr.startswith("TRAINMASTER_DEVICE 'tpu' is unknown")

@@ -1,0 +1,158 @@
+"""The local stack as a user meets it: it answers, and when it ends nothing of it is left."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import wait_until
+from tests.trainmaster.conftest import Start, line, processes_of, run
+from trainmaster import Client
+
+StartUp = Callable[[], tuple[subprocess.Popen[str], Client]]
+DEMO = json.loads((Path(__file__).parents[2] / "examples" / "demo.json").read_text())
+TINY = {
+    **DEMO,
+    "name": "tiny",
+    "model": {"preset": "llama-tiny", "n_layer": 1, "n_embd": 32, "n_head": 2, "block_size": 32},
+    "max_steps": 4,
+    "tokens_per_step": 128,
+    "evaluate": {"every_steps": 2, "eval_tokens": 512},
+}
+
+
+@pytest.fixture
+def start_up(start: Start) -> Iterator[StartUp]:
+    """`trainmaster up` on a free port, ready, and a client of it."""
+    with ExitStack() as clients:
+
+        def start_up() -> tuple[subprocess.Popen[str], Client]:
+            up = start("up", "--port", "0")
+            url = line(up, "trainmaster is up at ").split()[4]
+            return up, clients.enter_context(Client(url))
+
+        yield start_up
+
+
+def running(client: Client, job_id: str) -> Callable[[], bool]:
+    return lambda: client.job(job_id)["step"] > 0
+
+
+def test_a_job_goes_through_the_stack_by_command(start_up: StartUp, home: Path, tmp_path: Path) -> None:
+    up, client = start_up()
+    spec = tmp_path / "tiny.json"
+    spec.write_text(json.dumps(TINY))
+    url = ["--url", client.url]
+
+    planned = json.loads(run("plan", str(spec), *url, "--json").stdout)
+    here = json.loads(run("plan", str(spec), "--json").stdout)
+    assert planned["plan"]["total_tokens"] == here["plan"]["total_tokens"] == 512
+
+    watched = run("submit", str(spec), "--name", "mine", "--watch", *url)
+    assert watched.returncode == 0, watched.stdout + watched.stderr
+    job_id = watched.stdout.split()[0]
+    assert "step 4: " in watched.stdout and "succeeded" in watched.stdout
+
+    shown = json.loads(run("show", job_id, *url, "--json").stdout)
+    assert (shown["name"], shown["status"], shown["step"]) == ("mine", "succeeded", 4)
+    listed = json.loads(run("list", "--status", "succeeded", *url, "--json").stdout)
+    assert [job["id"] for job in listed["data"]] == [job_id]
+    assert job_id in run("list", *url).stdout
+    assert (home / "runs" / job_id / "export" / "config.json").is_file()
+
+    events = [json.loads(text) for text in run("watch", job_id, "--json", *url).stdout.splitlines()]
+    assert [event["step"] for event in events if event["type"] == "step"] == [1, 2, 3, 4]
+
+    refused = run("submit", "-", *url, stdin=json.dumps({**TINY, "tokens_per_step": 100}))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("/tokens_per_step: tokens_per_step 100 is not a multiple")
+    missing = run("cancel", "job-000000000000", *url)
+    assert missing.returncode == 1 and "job-000000000000" in missing.stderr
+
+    up.send_signal(signal.SIGINT)
+    assert up.communicate(timeout=30)[0].endswith("stopped\n")
+    assert up.returncode == 0
+    assert not processes_of(home)
+
+
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
+def test_a_stack_that_ends_while_a_job_runs_leaves_no_process(
+    start_up: StartUp, home: Path, signum: signal.Signals
+) -> None:
+    up, client = start_up()
+    job_id = client.submit({**TINY, "max_steps": 1_000_000})["id"]
+    wait_until(running(client, job_id), 60)
+    assert len(processes_of(home)) > 6  # up, redis, api, agent, slot worker, horse, torchrun, rank
+    up.send_signal(signum)
+    up.communicate(timeout=30)
+    # killed, it cannot wait for the others; they get the grace period and a little
+    wait_until(lambda: not processes_of(home), 30 if signum == signal.SIGKILL else 1)
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_when_the_stack_is_started_again(start_up: StartUp, home: Path) -> None:
+    up, client = start_up()
+    job_id = client.submit({**TINY, "max_steps": 400})["id"]
+    wait_until(running(client, job_id), 60)
+    up.terminate()
+    up.communicate(timeout=30)
+    _, client = start_up()
+    wait_until(lambda: client.job(job_id)["status"] == "succeeded", 90)
+    events = list(client.events(job_id))
+    assert [event["type"] for event in events].count("started") == 2
+    assert {event["step"] for event in events if event["type"] in ("step", "skipped")} == set(range(1, 401))
+
+
+def test_a_part_that_dies_ends_the_stack_and_its_log_says_why(start_up: StartUp, home: Path) -> None:
+    up, _ = start_up()
+    (api,) = [p for p in processes_of(home) if "trainmaster.serve" in p.cmdline()]
+    api.kill()
+    said = up.communicate(timeout=30)[0]
+    assert up.returncode == 1
+    assert "api ended by SIGKILL; the end of " in said and "api.log" in said
+    assert not processes_of(home)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_takes_its_job_with_it_when_the_stack_ends(start_up: StartUp, home: Path) -> None:
+    up, client = start_up()
+    job_id = client.submit({**TINY, "max_steps": 1_000_000})["id"]
+    wait_until(running(client, job_id), 60)
+    for process in processes_of(home):
+        if "worker.agent" in process.cmdline() or "worker.tasks" in process.cmdline():
+            process.kill()
+    said = up.communicate(timeout=30)[0]
+    assert up.returncode == 1 and "worker ended by SIGKILL" in said
+    wait_until(lambda: not processes_of(home), 1)
+
+
+def test_a_taken_port_is_named(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("up", "--port", str(port))
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+    assert not processes_of(home)
+
+
+@pytest.mark.slow
+def test_two_stacks_of_a_home_share_redis_and_worker_and_either_may_end(start_up: StartUp, home: Path) -> None:
+    first, _ = start_up()
+    second, client = start_up()
+    agents = [p for p in processes_of(home) if "worker.agent" in p.cmdline()]
+    assert len(agents) == 1
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=30)
+    job_id = client.submit(TINY)["id"]
+    wait_until(lambda: client.job(job_id)["status"] == "succeeded", 60)
+    assert psutil.pid_exists(second.pid)

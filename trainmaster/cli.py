@@ -1,0 +1,349 @@
+"""The command line: the local stack, and jobs on a server.
+
+Commands import what they need themselves: `--help` and `plan` must not wait for HTTP or Redis.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from gptcore.spec import DataSpec, SpecError
+from trainmaster.client import Client, TrainmasterError
+
+if TYPE_CHECKING:
+    from trainmaster.stack import Stack
+    from worker.settings import Settings
+
+app = typer.Typer(
+    help="Pretrains GPTs on machines you own.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Url = Annotated[
+    str | None, typer.Option(envvar="TRAINMASTER_URL", help="the server; by default the one of `trainmaster up`")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Host = Annotated[str, typer.Option(help="address to listen on")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0: any free one")]
+BehindLoopback = Annotated[
+    bool, typer.Option("--behind-loopback", help="others can reach this host only through a loopback address")
+]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="the job's id")]
+SpecFile = Annotated[str, typer.Argument(metavar="FILE", help="a job spec in JSON; - reads standard input")]
+
+
+class Mistake(Exception):
+    """Something the user can mend; the message says how."""
+
+
+@app.command()
+def up(host: Host = "127.0.0.1", port: Port = 8000) -> None:
+    """Start the local stack: Redis, the API and a worker. Ctrl-C stops it."""
+    _only_loopback(host, behind_loopback=False)
+    _run_stack(host=host, port=port)
+
+
+@app.command()
+def api(host: Host = "127.0.0.1", port: Port = 8000, behind_loopback: BehindLoopback = False) -> None:
+    """Start only the API."""
+    _only_loopback(host, behind_loopback)
+    if _redis_is_given():
+        from trainmaster.serve import listen, serve
+
+        serve(listen(host, port))
+    else:
+        _run_stack(host=host, port=port, worker=False, logs=False)
+
+
+@app.command()
+def worker() -> None:
+    """Start only a worker: with TRAINMASTER_REDIS_URL set, this machine joins another's stack."""
+    if _redis_is_given():
+        os.execv(sys.executable, [sys.executable, "-m", "worker.agent"])
+    _run_stack(api=False, logs=False)
+
+
+@app.command()
+def demo(
+    url: Annotated[str | None, typer.Option(help="use this running server")] = None, as_json: AsJson = False
+) -> None:
+    """Train a small GPT on this machine from start to finish, in a few minutes."""
+    from trainmaster.demo import run_demo
+
+    raise typer.Exit(run_demo(_settings(), url, not _redis_is_given(), as_json))
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help="what specs will call the dataset")],
+    text: Annotated[list[Path], typer.Option(help="a text file, or a folder of *.txt; may be repeated")],
+    tokenizer: Annotated[Literal["gpt2", "bytes"], typer.Option()] = "gpt2",
+    val_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="share held out for validation")] = 0.05,
+    as_json: AsJson = False,
+) -> None:
+    """Make a dataset of your own text, on this machine."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    from gptcore.prepare import prepare as prepare_dataset
+    from gptcore.sources import text_files
+
+    try:
+        DataSpec(dataset=name)
+    except ValidationError as error:
+        raise typer.BadParameter(f"{name!r}: {error.errors()[0]['msg']}", param_hint="NAME") from error
+    columns = SpinnerColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(documents: int, tokens: int) -> None:
+            progress.update(task, description=f"{name}: {documents:,} documents, {tokens:,} tokens")
+
+        try:
+            dataset = prepare_dataset(
+                _settings().datasets,
+                name,
+                text_files(text),
+                tokenizer,
+                val_fraction=val_fraction,
+                progress=show,
+            )
+        except (FileNotFoundError, ValueError) as error:
+            raise Mistake(str(error)) from error
+    if as_json:
+        typer.echo(dataset.model_dump_json())
+        return
+    from trainmaster.tables import facts
+
+    rows = [(s, f"{getattr(dataset, s).tokens:,} tokens") for s in ("train", "val")]
+    console.print(facts(f"dataset {name}", [*rows, ("in a spec", f'"data": {{"dataset": "{name}"}}')]))
+
+
+@app.command()
+def plan(file: SpecFile, url: Url = None, as_json: AsJson = False) -> None:
+    """Show what a spec comes to, or why it cannot run. Without a server it is planned right here."""
+    spec = _read_spec(file)
+    planned = Client(url).plan(spec) if url else _plan_here(spec)
+    if as_json:
+        _print_json(planned)
+        return
+    from trainmaster.tables import plan_table
+
+    console.print(plan_table(spec["name"], planned["plan"]))
+
+
+@app.command()
+def submit(
+    file: SpecFile,
+    watch: Annotated[bool, typer.Option("--watch", help="follow the job to its end")] = False,
+    name: Annotated[str | None, typer.Option(help="instead of the name in the file")] = None,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send a job spec to the server."""
+    spec = _read_spec(file)
+    client = Client(url)
+    job = client.submit({**spec, "name": name} if name else spec)
+    if as_json and not watch:
+        _print_json(job)
+    elif not as_json:
+        console.print(f"{job['id']} {job['status']}")
+    if watch:
+        raise typer.Exit(_watch(client, job["id"], as_json))
+
+
+@app.command("list")
+def list_jobs(
+    status: Annotated[str | None, typer.Option(help="only jobs of this status")] = None,
+    kind: Annotated[str | None, typer.Option(help="only jobs of this kind")] = None,
+    label: Annotated[str | None, typer.Option(help="only jobs with this label, key=value")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="at most so many, newest first")] = 20,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first."""
+    given = {"status": status, "kind": kind, "label": label, "limit": limit}
+    page = Client(url).jobs(**{key: value for key, value in given.items() if value is not None})
+    if as_json:
+        _print_json(page)
+        return
+    from trainmaster.tables import jobs_table
+
+    console.print(jobs_table(page["data"]))
+
+
+@app.command()
+def show(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Show a job."""
+    found = Client(url).job(job)
+    if as_json:
+        _print_json(found)
+    else:
+        _print_job(found)
+
+
+@app.command()
+def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Follow a job to its end. Exit code 0 when it succeeded. --json prints its events, one a line."""
+    raise typer.Exit(_watch(Client(url), job, as_json))
+
+
+@app.command()
+def cancel(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Ask for a job's end; a running one writes a checkpoint first."""
+    found = Client(url).cancel(job)
+    if as_json:
+        _print_json(found)
+    else:
+        console.print(f"{found['id']} {found['status']}")
+
+
+def main() -> None:
+    """Run a command; what a user can mend is said in a line or two, without a traceback."""
+    try:
+        app()
+    except SpecError as error:
+        for problem in error.problems:
+            _complain(f"{problem.pointer or '/'}: {problem.message}")
+    except _expected() as error:
+        _complain(str(error))
+    else:
+        return
+    raise SystemExit(1)
+
+
+def _complain(message: str) -> None:
+    errors.print(message, markup=False, style="red", soft_wrap=True)
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """Errors whose message is meant for the user; of what was never imported, none can come."""
+    names = [
+        ("trainmaster.part", "PartFailed"),
+        ("trainmaster.redis_server", "NoRedis"),
+        ("trainmaster.serve", "AddressTaken"),
+    ]
+    found = [getattr(sys.modules[module], name) for module, name in names if module in sys.modules]
+    return (*found, Mistake, TrainmasterError)
+
+
+def _only_loopback(host: str, behind_loopback: bool) -> None:
+    if behind_loopback or host == "localhost":
+        return
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise typer.BadParameter(
+            f"{host} is reachable from other machines and this server asks for no key; use 127.0.0.1, or "
+            f"--behind-loopback of `trainmaster api` where only this machine can reach {host}",
+            param_hint="--host",
+        )
+
+
+def _settings() -> Settings:
+    from worker.settings import Settings
+
+    try:
+        return Settings.from_environment()
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+
+
+def _redis_is_given() -> bool:
+    return bool(os.environ.get("TRAINMASTER_REDIS_URL"))
+
+
+def _run_stack(**options: Any) -> None:
+    """Run a local stack until Ctrl-C."""
+    from trainmaster.stack import Stack, interruptible
+
+    settings = _settings()
+    try:
+        with interruptible(), Stack(settings, own_redis=not _redis_is_given(), **options) as stack:
+            _say_where(stack, settings.home)
+            stack.wait()
+    except KeyboardInterrupt:
+        console.print("stopped")
+
+
+def _say_where(stack: Stack, home: Path) -> None:
+    if stack.url:
+        console.print(f"trainmaster is up at [link]{stack.url}[/link]  (API and page; Ctrl-C stops it)")
+    console.print(f"state and logs in {home}", markup=False, soft_wrap=True)
+
+
+def _read_spec(file: str) -> dict[str, Any]:
+    """A spec as decoded JSON; what is wrong inside is said by the planner or the server."""
+    try:
+        spec = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text())
+    except OSError as error:
+        raise Mistake(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Mistake(f"{file} is not JSON: {error}") from error
+    if not isinstance(spec, dict):
+        raise Mistake(f"{file} holds a {type(spec).__name__}, not a JSON object")
+    return spec
+
+
+def _plan_here(data: dict[str, Any]) -> dict[str, Any]:
+    """What POST /jobs/plan would say, for a machine that has what the spec asks for."""
+    from gptcore.plan import Hardware, resolve
+    from gptcore.plan import plan as plan_spec
+    from gptcore.rundir import datasets_root
+    from gptcore.spec import TrainSpec, parse_spec
+
+    spec = parse_spec(data)
+    if not isinstance(spec, TrainSpec):
+        raise Mistake(f"a {spec.kind} job needs no plan; submit it")
+    spec = resolve(spec, datasets_root())
+    device = "cpu" if spec.resources.device == "auto" else spec.resources.device
+    planned = plan_spec(spec, Hardware(device=device, ranks=spec.resources.ranks_per_node))
+    return {"spec": spec.model_dump(mode="json"), "plan": planned.model_dump(mode="json")}
+
+
+def _watch(client: Client, job_id: str, as_json: bool) -> int:
+    """Follow a job to its end → exit code."""
+    from trainmaster.watch import follow
+
+    events = client.events(job_id)
+    try:
+        if as_json:
+            for event in events:
+                typer.echo(json.dumps(event))
+        else:
+            follow(events, client.job(job_id), console)
+    except KeyboardInterrupt:
+        errors.print(f"the job goes on; trainmaster watch {job_id} follows it, trainmaster cancel {job_id} ends it")
+        return 130
+    job = client.job(job_id)
+    if not as_json:
+        _print_job(job)
+    return 0 if job["status"] == "succeeded" else 1
+
+
+def _print_job(job: dict[str, Any]) -> None:
+    from trainmaster.tables import job_table
+
+    console.print(job_table(job))
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The local stack: Redis, the API and a worker as child processes, all gone when this one ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import httpx2
+import psutil
+import redis
+
+from gptcore.locks import is_held
+from gptcore.procs import adopt_orphans
+from trainmaster.part import Part, PartFailed
+from trainmaster.redis_server import RedisServer
+from trainmaster.serve import listen
+from worker import agent
+from worker.settings import Settings
+
+START_SECONDS = 60.0
+POLL_SECONDS = 0.1
+STOP_MARGIN_SECONDS = 15.0  # over the grace that a running job has to write a checkpoint
+
+
+class Stack:
+    """Context manager: everything answers when it is entered, nothing is left when it is left.
+
+    `own_redis`: the home's own server instead of the one in the settings. `logs`: parts write to
+    HOME/logs/*.log, else to our own output. Raises PartFailed, AddressTaken and NoRedis.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        own_redis: bool = True,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        api: bool = True,
+        worker: bool = True,
+        logs: bool = True,
+    ):
+        self._settings = settings
+        self._own_redis = RedisServer(settings.home) if own_redis else None
+        self._address = (host, port)
+        self._wanted_api, self._wanted_worker = api, worker
+        self._logs = logs
+        self._parts: list[Part] = []
+        self.url = ""
+
+    def __enter__(self) -> Stack:
+        adopt_orphans()  # what a killed worker leaves behind becomes our child: see close
+        (self._settings.home / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._wait_until(self._redis_answers, "Redis")
+            if self._wanted_api:
+                self._start_api()
+            self._take_worker()
+            if self._wanted_api:
+                self._wait_until(self._api_answers, "the API")
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def check(self) -> None:
+        """Raises PartFailed when a part has ended. Takes over what another stack of this home let go."""
+        self._reap_orphans()
+        for part in self._parts:
+            part.check()
+        self._take_redis()
+        self._take_worker()
+
+    def wait(self) -> None:
+        """Stay until a part ends (PartFailed) or a signal comes (KeyboardInterrupt)."""
+        while True:
+            self.check()
+            time.sleep(1)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within, a part that ends raises PartFailed wherever the main thread waits."""
+        before = signal.signal(signal.SIGALRM, lambda _signum, _frame: self.check())
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    def close(self) -> None:
+        """Stop the worker, the API, then Redis. A second Ctrl-C kills what is left at once."""
+        try:
+            for part in reversed(self._parts):
+                part.stop()
+        finally:
+            left = psutil.Process().children(recursive=True)
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=5)
+            self._parts.clear()
+
+    def _start(self, name: str, command: list[str], **options: Any) -> Part:
+        log = self._settings.home / "logs" / f"{name}.log" if self._logs else None
+        part = Part(name, command, log=log, environment=self._settings.to_environment(), **options)
+        self._parts.append(part)
+        return part
+
+    def _take_redis(self) -> None:
+        """Start the home's Redis unless we or another stack of this home run it."""
+        if self._own_redis is None or self._runs("redis"):
+            return
+        if (part := self._own_redis.start_unless_running()) is not None:
+            self._parts.insert(0, part)  # stopped last
+
+    def _redis_answers(self) -> bool:
+        self._take_redis()
+        url = self._settings.redis_url if self._own_redis is None else self._own_redis.url()
+        if url is None:
+            return False  # the other stack that starts one has not written its configuration yet
+        try:
+            with redis.Redis.from_url(url, retry=None, socket_timeout=1) as client:
+                client.ping()
+        except (redis.ConnectionError, redis.TimeoutError):  # not there yet, or still loading its file
+            return False
+        self._settings = replace(self._settings, redis_url=url)
+        return True
+
+    def _start_api(self) -> None:
+        host, port = self._address
+        with listen(host, port) as listener:  # bound here and served there: no port is lost between
+            command = [sys.executable, "-m", "trainmaster.serve", str(listener.fileno())]
+            self._start("api", command, pass_fds=[listener.fileno()])
+            self.url = f"http://{host}:{listener.getsockname()[1]}"
+
+    def _take_worker(self) -> None:
+        """Start the home's worker unless we run it, or another stack or `trainmaster worker` does."""
+        if not self._wanted_worker or self._runs("worker") or is_held(agent.lock_path(self._settings)):
+            return
+        self._start(
+            "worker",
+            [sys.executable, "-m", "worker.agent"],
+            death_signal=signal.SIGTERM,  # its jobs are to write checkpoints
+            stop_seconds=self._settings.grace_seconds + STOP_MARGIN_SECONDS,
+        )
+
+    def _runs(self, name: str) -> bool:
+        return any(part.name == name for part in self._parts)
+
+    def _wait_until(self, ready: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not ready():
+            for part in self._parts:
+                part.check()
+            if time.monotonic() > deadline:
+                tails = "".join(part.log_tail() for part in self._parts)
+                raise PartFailed(f"{what} was not ready within {START_SECONDS:.0f} s{tails}")
+            time.sleep(POLL_SECONDS)
+
+    def _api_answers(self) -> bool:
+        """Also waits for a live worker where we start one: that is what /readyz says."""
+        path = "/readyz" if self._wanted_worker else "/healthz"
+        try:
+            return httpx2.get(self.url + path, timeout=5, trust_env=False).is_success
+        except httpx2.TransportError:
+            return False
+
+    def _reap_orphans(self) -> None:
+        """Bury adopted children that have ended; our own parts are left to their Part."""
+        if sys.platform != "linux":
+            return
+        ours = {part.pid for part in self._parts}
+        with suppress(ChildProcessError):  # no child left
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                if ended.si_pid in ours:
+                    return
+                os.waitpid(ended.si_pid, 0)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP raise KeyboardInterrupt like Ctrl-C does."""
+
+    def interrupt(_signum: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    # SIGINT too: a shell starts background commands with it ignored
+    before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

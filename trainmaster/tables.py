@@ -1,0 +1,90 @@
+"""Plans and jobs as people read them in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+from rich.text import Text
+
+STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
+
+
+def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Two columns: what, and how much of it."""
+    table = Table(title=title, title_justify="left", box=SIMPLE, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for what, value in rows:
+        table.add_row(what, Text(value))  # Text: names may hold brackets, which are no markup
+    return table
+
+
+def plan_table(name: str, plan: Mapping[str, Any]) -> Table:
+    ranks = f"{plan['world_size']} × {plan['device']}"
+    batch = f"{plan['micro_batch_size']} sequences × {plan['grad_accum_steps']} accumulated × {ranks}"
+    rows = [
+        ("parameters", f"{plan['parameters']:,}"),
+        ("steps", f"{plan['total_steps']:,} of {plan['tokens_per_step']:,} tokens"),
+        ("tokens", f"{plan['total_tokens']:,} ({plan['total_tokens'] / plan['parameters']:.1f} a parameter)"),
+        ("a step", batch),
+        ("compute", f"{plan['total_flops']:.2e} FLOPs, {plan['flops_per_token']:,} a token"),
+        ("memory", f"{size(plan['peak_memory_bytes'])} a rank at most, estimated"),
+        ("checkpoint", size(plan["checkpoint_bytes"])),
+        ("exports as", plan["native_class"] or f"nothing: {plan['not_exportable_because']}"),
+        *(("warning", warning) for warning in plan["warnings"]),
+    ]
+    return facts(f"plan of {name}", rows)
+
+
+def job_table(job: Mapping[str, Any]) -> Table:
+    best, error = job["best_checkpoint"], job["error"]
+    status = " ".join(filter(None, [job["status"], job["phase"] and f"({job['phase']})", job["status_reason"]]))
+    rows = [
+        ("id", job["id"]),
+        ("status", status),
+        ("progress", f"{job['step']}/{job['total_steps'] or '?'} steps, attempt {job['attempt']}"),
+        ("best", f"val loss {best['val_loss']:.4f} at step {best['step']}" if best else ""),
+        ("speed", f"{job['tokens_per_second']:,.0f} tokens/s" if job["tokens_per_second"] else ""),
+        ("left", f"{job['eta_seconds']:,.0f} s" if job["eta_seconds"] else ""),
+        ("queue", f"position {job['queue_position']}" if job["queue_position"] else ""),
+        ("labels", ", ".join(f"{k}={v}" for k, v in job["labels"].items())),
+        *((what, moment(job[f"{what}_at"])) for what in ("created", "started", "finished")),
+        ("error", "\n".join([f"{error['reason']}: {error['message']}", *error["log"]]) if error else ""),
+    ]
+    return facts(job["name"], [(what, value) for what, value in rows if value])
+
+
+def jobs_table(jobs: Iterable[Mapping[str, Any]]) -> Table:
+    table = Table(box=SIMPLE)
+    for heading in ("id", "name", "kind", "status", "step", "best val loss", "created"):
+        table.add_column(heading, no_wrap=heading == "id")
+    for job in jobs:
+        best = job["best_checkpoint"]
+        table.add_row(
+            job["id"],
+            Text(job["name"]),
+            job["kind"],
+            Text(job["status"], style=STYLES.get(job["status"], "")),
+            f"{job['step']}/{job['total_steps'] or '?'}",
+            f"{best['val_loss']:.4f}" if best else "",
+            moment(job["created_at"]),
+        )
+    return table
+
+
+def moment(time: str | None) -> str:
+    """An API time, in the reader's own zone."""
+    return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M:%S") if time else ""
+
+
+def size(count: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("the last unit takes all")
