@@ -89,44 +89,36 @@ def demo(
 @app.command()
 def prepare(
     name: Annotated[str, typer.Argument(help="what specs will call the dataset")],
-    text: Annotated[list[Path], typer.Option(help="a text file, or a folder of *.txt; may be repeated")],
+    text: Annotated[list[Path] | None, typer.Option(help="a text file, or a folder of *.txt; may be repeated")] = None,
+    jsonl: Annotated[list[Path] | None, typer.Option(help="a file of JSON lines, or a folder of *.jsonl")] = None,
+    parquet: Annotated[list[Path] | None, typer.Option(help="a Parquet file, or a folder of *.parquet")] = None,
+    shards: Annotated[Path | None, typer.Option(help="a folder of token shards (*.bin) that are made already")] = None,
+    hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="a dataset on the Hugging Face Hub")] = None,
+    files: Annotated[str, typer.Option(help="of the --hub dataset: which Parquet files")] = "**/*.parquet",
+    field: Annotated[str, typer.Option(help="the column that holds the text")] = "text",
     tokenizer: Annotated[Literal["gpt2", "bytes"], typer.Option()] = "gpt2",
     val_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="share held out for validation")] = 0.05,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="stop after about so many")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a dataset of your own text, on this machine."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn
-
-    from gptcore.prepare import prepare as prepare_dataset
-    from gptcore.sources import text_files
+    """Make a dataset on this machine. Interrupted, it goes on where it stopped."""
+    from trainmaster.prepare import Asked, run_prepare
+    from trainmaster.tables import facts
 
     try:
         DataSpec(dataset=name)
     except ValidationError as error:
         raise typer.BadParameter(f"{name!r}: {error.errors()[0]['msg']}", param_hint="NAME") from error
-    columns = SpinnerColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-
-        def show(documents: int, tokens: int) -> None:
-            progress.update(task, description=f"{name}: {documents:,} documents, {tokens:,} tokens")
-
-        try:
-            dataset = prepare_dataset(
-                _settings().datasets,
-                name,
-                text_files(text),
-                tokenizer,
-                val_fraction=val_fraction,
-                progress=show,
-            )
-        except (FileNotFoundError, ValueError) as error:
-            raise Mistake(str(error)) from error
+    asked = Asked(text or [], jsonl or [], parquet or [], shards, hub, files, field)
+    if problem := asked.problem():
+        raise typer.BadParameter(problem)
+    try:
+        dataset = run_prepare(_settings().datasets, name, asked, tokenizer, val_fraction, max_tokens, errors)
+    except (FileNotFoundError, ValueError) as error:
+        raise Mistake(str(error)) from error
     if as_json:
         typer.echo(dataset.model_dump_json())
         return
-    from trainmaster.tables import facts
-
     rows = [(s, f"{getattr(dataset, s).tokens:,} tokens") for s in ("train", "val")]
     console.print(facts(f"dataset {name}", [*rows, ("in a spec", f'"data": {{"dataset": "{name}"}}')]))
 

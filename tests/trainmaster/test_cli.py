@@ -102,3 +102,19 @@ def test_a_setting_that_cannot_be_is_named(home: Path, monkeypatch: pytest.Monke
     done = run("up")
     assert done.returncode == 1
     assert done.stderr.startswith("TRAINMASTER_DEVICE 'tpu' is unknown")
+
+
+def test_prepare_takes_rows_and_shards_too(home: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"body": f"row {i} of many"}) + "\n" for i in range(200)))
+    made = run("prepare", "rows", "--jsonl", str(rows), "--field", "body", "--tokenizer", "bytes", "--json")
+    assert json.loads(made.stdout)["train"]["documents"] > 150
+    adopted = run("prepare", "again", "--shards", str(home / "datasets" / "rows"), "--tokenizer", "bytes", "--json")
+    assert json.loads(adopted.stdout)["train"]["bytes"] == json.loads(made.stdout)["train"]["bytes"]
+
+
+def test_prepare_wants_one_source(home: Path, tmp_path: Path) -> None:
+    assert "give --text" in run("prepare", "mytext").stderr
+    both = run("prepare", "mytext", "--text", "a", "--jsonl", "b")
+    assert both.returncode == 2
+    assert "exclude each other" in both.stderr

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptcore.events import read_lines
 from gptcore.plan import plan, resolve
@@ -73,7 +74,7 @@ def test_text_becomes_a_dataset_and_a_model_on_two_ranks(
         "kind": "prepare",
         "name": "tiny",
         "dataset": "tiny",
-        "tokenizer": "bytes",
+        "tokenizer": "gpt2",
         "val_fraction": 0.2,
         "source": {"format": "text", "path": "some.txt"},
     }
@@ -96,7 +97,9 @@ def test_text_becomes_a_dataset_and_a_model_on_two_ranks(
     assert (job.step, job.total_steps, job.tokens_seen, job.attempt) == (12, 12, 12 * 256, 1)
     val_losses = {e["step"]: e["val_loss"] for e in seen if e["type"] == "evaluated"}
     assert job.best_checkpoint is not None and job.best_checkpoint.val_loss == min(val_losses.values())
-    assert (RunDir(settings.runs / job_id).export / "model.safetensors").is_file()
+    export = RunDir(settings.runs / job_id).export
+    assert AutoTokenizer.from_pretrained(export)("Hello world")["input_ids"] == [15496, 995]
+    assert AutoModelForCausalLM.from_pretrained(export).config.vocab_size == 50257
     assert living(job_id) == []
 
 
