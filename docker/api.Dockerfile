@@ -11,7 +11,9 @@ WORKDIR /app
 
 # dependencies first: a change of the source does not install them again
 COPY pyproject.toml constraints.txt setup.sh ./
-RUN mkdir gptcore worker api trainmaster && touch README.md LICENSE && EXTRAS=api ./setup.sh
+RUN mkdir gptcore worker api trainmaster \
+ && touch README.md LICENSE gptcore/__init__.py worker/__init__.py api/__init__.py trainmaster/__init__.py \
+ && EXTRAS=api ./setup.sh
 
 COPY . .
 USER trainmaster
