@@ -96,7 +96,9 @@ def prepare(
     hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="a dataset on the Hugging Face Hub")] = None,
     files: Annotated[str, typer.Option(help="of the --hub dataset: which Parquet files")] = "**/*.parquet",
     field: Annotated[str, typer.Option(help="the column that holds the text")] = "text",
-    tokenizer: Annotated[Literal["gpt2", "bytes"], typer.Option()] = "gpt2",
+    tokenizer: Annotated[
+        Literal["gpt2", "bytes"], typer.Option(help="GPT-2's BPE, or a token a byte: for small models and texts")
+    ] = "gpt2",
     val_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="share held out for validation")] = 0.05,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="stop after about so many")] = None,
     as_json: AsJson = False,
@@ -275,7 +277,7 @@ def _run_stack(**options: Any) -> None:
 def _say_where(stack: Stack, home: Path) -> None:
     if stack.url:
         console.print(f"trainmaster is up at [link]{stack.url}[/link]  (API and page; Ctrl-C stops it)")
-    console.print(f"state and logs in {home}", markup=False, soft_wrap=True)
+    console.print(f"runs, datasets, Redis and logs are in {home}", markup=False, soft_wrap=True)
 
 
 def _read_spec(file: str) -> dict[str, Any]:

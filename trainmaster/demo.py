@@ -140,7 +140,7 @@ def _print(result: Result, console: Console) -> None:
         ("validation loss", f"{first:.3f} → {best:.3f} nats a byte" if first and best else "none"),
         ("speed", f"{speed:,.0f} tokens a second" if speed else "unknown"),
         ("model", result.export_dir or "on the server; its folder cannot be read from here"),
-        ("see it again", f"trainmaster up, then trainmaster show {result.job_id}"),
+        ("see it again", f"make up, then http://127.0.0.1:8000 or trainmaster show {result.job_id}"),
     ]
     console.print(facts("demo", rows))
     if result.sample is not None:

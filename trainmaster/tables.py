@@ -42,7 +42,7 @@ def plan_table(name: str, plan: Mapping[str, Any]) -> Table:
 
 def job_table(job: Mapping[str, Any]) -> Table:
     best, error = job["best_checkpoint"], job["error"]
-    status = " ".join(filter(None, [job["status"], job["phase"] and f"({job['phase']})", job["status_reason"]]))
+    status = ": ".join(filter(None, [job["status"], job["status_reason"] or job["phase"]]))
     rows = [
         ("id", job["id"]),
         ("status", status),
@@ -60,8 +60,8 @@ def job_table(job: Mapping[str, Any]) -> Table:
 
 def jobs_table(jobs: Iterable[Mapping[str, Any]]) -> Table:
     table = Table(box=SIMPLE)
-    for heading in ("id", "name", "kind", "status", "step", "best val loss", "created"):
-        table.add_column(heading, no_wrap=heading == "id")
+    for heading in ("id", "name", "kind", "status", "step", "val loss", "created"):
+        table.add_column(heading, no_wrap=heading != "name")
     for job in jobs:
         best = job["best_checkpoint"]
         table.add_row(
@@ -71,14 +71,14 @@ def jobs_table(jobs: Iterable[Mapping[str, Any]]) -> Table:
             Text(job["status"], style=STYLES.get(job["status"], "")),
             f"{job['step']}/{job['total_steps'] or '?'}",
             f"{best['val_loss']:.4f}" if best else "",
-            moment(job["created_at"]),
+            moment(job["created_at"], "%m-%d %H:%M"),
         )
     return table
 
 
-def moment(time: str | None) -> str:
+def moment(time: str | None, style: str = "%Y-%m-%d %H:%M:%S") -> str:
     """An API time, in the reader's own zone."""
-    return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M:%S") if time else ""
+    return datetime.fromisoformat(time).astimezone().strftime(style) if time else ""
 
 
 def size(count: float) -> str:
