@@ -85,7 +85,7 @@ def test_muon_on_two_ranks_follows_one(train: Trainers) -> None:
 KILLS = int(os.environ.get("KILLS", "2"))  # of one run; more take longer
 # long enough that a kill comes before the end, with steps between the checkpoints
 LONG: dict[str, Any] = {
-    "max_steps": 250,
+    "max_steps": 130 + 60 * KILLS,
     "checkpoint": {"every_steps": 17},
     "evaluate": {"every_steps": 60, "eval_tokens": 1024},
 }

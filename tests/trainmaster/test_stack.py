@@ -124,13 +124,20 @@ def test_a_part_that_dies_ends_the_stack_and_its_log_says_why(start_up: StartUp,
 
 
 @pytest.mark.slow
-def test_a_killed_worker_takes_its_job_with_it_when_the_stack_ends(start_up: StartUp, home: Path) -> None:
+def test_a_killed_worker_and_a_trainer_that_hangs_are_no_more_when_the_stack_has_ended(
+    start_up: StartUp, home: Path
+) -> None:
     up, client = start_up()
     job_id = client.submit({**TINY, "max_steps": 1_000_000})["id"]
     wait_until(running(client, job_id), 60)
-    for process in processes_of(home):
-        if "worker.agent" in process.cmdline() or "worker.tasks" in process.cmdline():
-            process.kill()
+    by_module = [(process, process.cmdline()) for process in processes_of(home)]
+    trainers = [p for p, line in by_module if "gptcore.train" in line]  # torchrun and its rank
+    workers = [p for p, line in by_module if "worker.agent" in line or "worker.tasks" in line]
+    assert len(trainers) == 2 and len(workers) == 3
+    for process in trainers:
+        process.suspend()
+    for process in workers:
+        process.kill()
     said = up.communicate(timeout=30)[0]
     assert up.returncode == 1 and "worker ended by SIGKILL" in said
     wait_until(lambda: not processes_of(home), 1)
