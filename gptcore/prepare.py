@@ -118,7 +118,7 @@ def prepare(
 ) -> Dataset:
     """Write `root/name/` from a source's documents; an equal dataset that is there already is kept.
 
-    Raises ValueError where nothing is left for one of the splits.
+    Raises ValueError where another dataset has the name, or nothing is left for one of the splits.
     """
     settings = {
         "source": source.fingerprint, "tokenizer": tokenizer_name, "val_fraction": val_fraction,
@@ -129,6 +129,10 @@ def prepare(
         done = _finished(final, settings)
         if done is not None:
             return done
+        if final.exists():  # runs may be training on it, and would resume on other data
+            raise ValueError(
+                f"dataset {name} exists, made from other text or settings; use another name, or remove {final} first"
+            )
         state = _saved_state(folder, settings)
         tokenizer = load_tokenizer(tokenizer_name)
         splits = _write(folder, source, tokenizer, settings, state, progress)
@@ -145,8 +149,6 @@ def prepare(
         write_atomically(dataset_file(folder.parent, folder.name), dataset.model_dump_json(indent=2))
         write_atomically(folder / "settings.json", json.dumps(settings))
         (folder / "state.json").unlink()
-        if final.exists():
-            shutil.rmtree(final)
         folder.rename(final)
         return dataset
 

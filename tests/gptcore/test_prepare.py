@@ -72,7 +72,13 @@ def test_an_equal_dataset_is_not_made_again(tmp_path: Path) -> None:
     stamp = (tmp_path / "d" / first.train.shards[0].file).stat().st_mtime_ns
     assert prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3) == first
     assert (tmp_path / "d" / first.train.shards[0].file).stat().st_mtime_ns == stamp
-    assert prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.5) != first
+
+
+def test_a_dataset_is_never_replaced_by_another_of_its_name(tmp_path: Path) -> None:
+    first = prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3)
+    with pytest.raises(ValueError, match="dataset d exists, made from other text or settings; use another name"):
+        prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.5)
+    assert tokens_of(tmp_path, first, "train").size == first.train.tokens
 
 
 def test_max_tokens_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
