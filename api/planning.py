@@ -22,14 +22,15 @@ def planned(spec: TrainSpec | PrepareSpec, settings: Settings, store: Store) -> 
     if isinstance(spec, PrepareSpec):
         _check_source(spec, settings)
         return Planned(spec=spec, plan=None)
-    if spec.resources.nodes > 1:
-        message = f"nodes {spec.resources.nodes}: a job runs on one node for now; use 1, and more ranks_per_node"
-        raise SpecError([Problem(pointer="/resources/nodes", message=message)])
     resolved = resolve(spec, settings.datasets)
     pool, device = spec.resources.pool, spec.resources.device
     hardware = store.pool_hardware(pool, device)
     if hardware is not None:
-        return Planned(spec=resolved, plan=plan(resolved, hardware))
+        numbers = plan(resolved, hardware)
+        if (live := store.live_nodes(pool, spec.resources.ranks_per_node)) < spec.resources.nodes:
+            warning = f"pool {pool} has {live} live nodes of {spec.resources.nodes}; the job waits until more join"
+            numbers = numbers.model_copy(update={"warnings": [*numbers.warnings, warning]})
+        return Planned(spec=resolved, plan=numbers)
     numbers = plan(resolved, Hardware(device="cpu" if device == "auto" else device, ranks=ANY_RANKS))
     warning = f"pool {pool} has no live worker; the job waits until one joins, and may not fit it"
     return Planned(spec=resolved, plan=numbers.model_copy(update={"warnings": [*numbers.warnings, warning]}))

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gptcore.spec import Problem, SpecError, problems_of
-from worker.store import BadCursor, IdempotencyConflict, JobNotFound
+from worker.store import BadCursor, IdempotencyConflict, JobNotFound, NodeNotFound, NotPossible
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -63,6 +63,10 @@ def _refusal(request: Request, error: Exception) -> Refusal:
             return _invalid_request(error)
         case JobNotFound():
             return Refusal(404, "job_not_found", f"there is no job {error.job_id!r}; GET /jobs lists them")
+        case NodeNotFound():
+            return Refusal(404, "worker_not_found", f"there is no worker {error.node_id!r}; GET /workers lists them")
+        case NotPossible():
+            return Refusal(409, "not_possible", str(error))
         case IdempotencyConflict():
             return Refusal(422, "idempotency_conflict", str(error))
         case BadCursor():
@@ -79,8 +83,8 @@ def _refusal(request: Request, error: Exception) -> Refusal:
 # Starlette looks a handler up by the classes of the exception raised
 HANDLERS: dict[int | type[Exception], Any] = dict.fromkeys(
     (
-        Refusal, SpecError, RequestValidationError, JobNotFound, IdempotencyConflict, BadCursor,
-        redis.ConnectionError, redis.TimeoutError, HTTPException, Exception,
+        Refusal, SpecError, RequestValidationError, JobNotFound, NodeNotFound, NotPossible, IdempotencyConflict,
+        BadCursor, redis.ConnectionError, redis.TimeoutError, HTTPException, Exception,
     ),
     answer,
 )  # fmt: skip

@@ -140,6 +140,18 @@ def cancel(job_id: str, services: With) -> Job:
     return services.store.request_cancel(job_id)
 
 
+@router.post("/jobs/{job_id}/pause", tags=["jobs"])
+def pause(job_id: str, services: With) -> Job:
+    """Have a job save a checkpoint and wait for `resume`; it is `pausing` until then."""
+    return services.store.request_pause(job_id)
+
+
+@router.post("/jobs/{job_id}/resume", tags=["jobs"])
+def resume(job_id: str, services: With) -> Job:
+    """Queue a paused job again; it goes on exactly where it was."""
+    return services.store.resume(job_id)
+
+
 # ---- what a job reports
 
 _STREAM: dict[int | str, dict[str, Any]] = {
@@ -254,6 +266,16 @@ def datasets(services: With) -> list[DatasetSummary]:
 def workers(services: With) -> list[Node]:
     """Every node known, with its slots and who has them."""
     return services.store.list_nodes()
+
+
+class NodeChange(BaseModel):
+    schedulable: bool = Field(description="false: no new job is placed there; those it runs go on")
+
+
+@router.patch("/workers/{node_id}", tags=["service"])
+def change_worker(node_id: str, change: NodeChange, services: With) -> Node:
+    """Drain a node, or use it again."""
+    return services.store.set_schedulable(node_id, change.schedulable)
 
 
 @router.get("/healthz", tags=["service"])

@@ -11,6 +11,7 @@ import redis
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
+from worker.follow import follow_events
 from worker.store import Store
 
 RECONNECT_MILLISECONDS = 1000
@@ -28,7 +29,7 @@ def event_stream(store: Store, job_id: str, after: str, types: Collection[str] =
 
 async def _messages(store: Store, job_id: str, after: str, types: Collection[str]) -> AsyncGenerator[bytes]:
     yield format_sse_event(retry=RECONNECT_MILLISECONDS)
-    followed = cast("AsyncGenerator[tuple[str, str] | None]", store.follow_events(job_id, after))
+    followed = cast("AsyncGenerator[tuple[str, str] | None]", follow_events(store.url, job_id, after))
     try:
         async with aclosing(followed) as news:
             async for item in news:

@@ -44,16 +44,16 @@ def report_failure(error: BaseException, rank: int, attempt: Attempt, report: Re
         write_atomically(attempt.path / f"failed-rank-{rank}.json", failed.model_dump_json())
         return
     if failed.reason == "crash":
-        failed = _first_word(attempt) or failed
+        failed = _first_word(attempt, failed)
     report(failed)
 
 
-def _first_word(attempt: Attempt) -> Failed | None:
-    """What another rank left, the earliest; None where rank 0 was first."""
+def _first_word(attempt: Attempt, own: Failed) -> Failed:
+    """The earliest of rank 0's own failure and what other ranks left."""
     deadline = time.monotonic() + FIRST_WORD_SECONDS
     while time.monotonic() < deadline:
         left = [Failed.model_validate_json(p.read_text()) for p in attempt.path.glob("failed-rank-*.json")]
         if left:
-            return min(left, key=lambda failed: failed.time)
+            return min([own, *left], key=lambda failed: failed.time)
         time.sleep(0.1)
-    return None
+    return own

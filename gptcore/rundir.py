@@ -60,6 +60,14 @@ class RunDir:
         return self.path / "spec.json"
 
     @property
+    def owner_mark(self) -> Path:
+        return self.path / "job"
+
+    def owner(self) -> str:
+        """The id of the job whose run this is; empty where nobody said so."""
+        return self.owner_mark.read_text() if self.owner_mark.exists() else ""
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

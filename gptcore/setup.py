@@ -28,6 +28,7 @@ from gptcore.log import reporter
 from gptcore.model import GPT
 from gptcore.optim import build_optimizers
 from gptcore.plan import Plan, peak_flops, plan, resolve
+from gptcore.preflight import preflight
 from gptcore.prepare import prepare_builtin
 from gptcore.procs import die_with_parent
 from gptcore.rundir import Attempt, RunDir, datasets_root, runs_root, write_atomically
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             spec = resolve(spec, datasets_root())
             dataset = _dataset(spec, rank, report)
             dist = start(spec.resources.device, _threads())
+            preflight(dist, report)
             build(spec, dataset, dist, run, attempt, report).train()
         except (KeyboardInterrupt, Exception) as error:
             report_failure(error, rank, attempt, report)

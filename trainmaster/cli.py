@@ -197,11 +197,26 @@ def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
 @app.command()
 def cancel(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Ask for a job's end; a running one writes a checkpoint first."""
-    found = Client(url).cancel(job)
+    _show_status(Client(url).cancel(job), as_json)
+
+
+@app.command()
+def pause(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Have a job write a checkpoint and wait for `resume`."""
+    _show_status(Client(url).pause(job), as_json)
+
+
+@app.command()
+def resume(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Queue a paused job again; it goes on exactly where it was."""
+    _show_status(Client(url).resume(job), as_json)
+
+
+def _show_status(job: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(found)
+        _print_json(job)
     else:
-        console.print(f"{found['id']} {found['status']}")
+        console.print(f"{job['id']} {job['status']}")
 
 
 def main() -> None:

@@ -90,6 +90,14 @@ class Client:
         """Ask for a job's end → the job; it ends once it is `cancelled`."""
         return self._call("POST", f"/jobs/{job_id}/cancel")
 
+    def pause(self, job_id: str) -> Json:
+        """Have a job save a checkpoint and wait → the job; it waits once it is `paused`."""
+        return self._call("POST", f"/jobs/{job_id}/pause")
+
+    def resume(self, job_id: str) -> Json:
+        """Queue a paused job again → the job."""
+        return self._call("POST", f"/jobs/{job_id}/resume")
+
     def metrics(self, job_id: str, **query: Any) -> Json:
         """A run's curves → {"job_id", "last_event_id", "series": {key: {"step": [], "value": []}}}."""
         return self._call("GET", f"/jobs/{job_id}/metrics", params=query)

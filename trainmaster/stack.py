@@ -21,7 +21,7 @@ from gptcore.procs import adopt_orphans
 from trainmaster.part import Part, PartFailed
 from trainmaster.redis_server import RedisServer
 from trainmaster.serve import listen
-from worker import agent
+from worker.place import agent_lock
 from worker.settings import Settings
 
 START_SECONDS = 60.0
@@ -148,7 +148,7 @@ class Stack:
 
     def _take_worker(self) -> None:
         """Start the home's worker unless we run it, or another stack or `trainmaster worker` does."""
-        if not self._wanted_worker or self._runs("worker") or is_held(agent.lock_path(self._settings)):
+        if not self._wanted_worker or self._runs("worker") or is_held(agent_lock(self._settings)):
             return
         self._start(
             "worker",

@@ -1,7 +1,8 @@
 """The agent of a node: makes it known, keeps a worker process per slot, and schedules.
 
 Any agent may schedule for its pool and give up lost attempts: the store's scripts are atomic. It
-holds no job: launchers do, and theirs is the lease that says a job is alive.
+holds no job: launchers do, and theirs is the lease that says a job is alive. So its own death harms
+none; the next agent of the node takes over the workers that it finds.
 """
 
 from __future__ import annotations
@@ -11,26 +12,30 @@ import logging
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
-from importlib.metadata import version
-from pathlib import Path
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 
 import psutil
-import redis
 
+from gptcore.locks import is_held
 from worker import tasks
-from worker.hardware import find_slots, node_id
+from worker.doorbell import Doorbell
+from worker.hardware import find_slots
+from worker.hold import AWAY
 from worker.job import Node, Slot
+from worker.place import agent_lock, node_id, runs_root_id, slot_lock
+from worker.processes import kill
 from worker.settings import Settings
-from worker.store import Doorbell, Store
+from worker.store import Store
 
 TICK_SECONDS = 0.3  # at most between two looks; the doorbell makes it less
 HEARTBEAT_SECONDS = 2.0  # and of looking for lost attempts
+SWEEP_SECONDS = 5.0  # and of looking for processes that hang; it costs milliseconds
+HUNG_SECONDS = 15.0  # over the grace: a lease and a little
 RESTART_SECONDS = 1.0  # between two starts of one slot's worker
-AWAY = (redis.ConnectionError, redis.TimeoutError)
 
 log = logging.getLogger("trainmaster.worker")
 
@@ -46,11 +51,13 @@ class Agent:
             id=node,
             pool=settings.pool,
             slots=find_slots(settings, node),
-            versions={"trainmaster": version("trainmaster"), "python": platform.python_version()},
+            versions={"python": platform.python_version(), **_versions("trainmaster", "torch", "transformers")},
+            runs_root=runs_root_id(settings),
         )
-        self._workers: dict[str, subprocess.Popen[bytes]] = {}
+        self._workers: dict[str, psutil.Process] = {}
         self._started_at: dict[str, float] = {}
-        self._seen_at = float("-inf")
+        self._hung_since: dict[str, float] = {}
+        self._seen_at = self._swept_at = float("-inf")
         self._doorbell: Doorbell | None = None
         self._redis_away = False
         self._stopping = False
@@ -62,6 +69,7 @@ class Agent:
         for slot in self._node.slots:
             log.info("slot %s: %d %s", slot.id, slot.hardware.ranks, slot.hardware.device_name)
         try:
+            self._adopt()
             while not self._stopping:
                 self._keep_workers()
                 try:
@@ -94,6 +102,9 @@ class Agent:
             for job_id in self._store.lose_expired(self._settings.max_attempts):
                 log.warning("%s: its attempt showed no sign of life and is given up", job_id)
             self._seen_at = time.monotonic()
+        if time.monotonic() - self._swept_at > SWEEP_SECONDS:
+            self._end_hung()
+            self._swept_at = time.monotonic()
         self._store.reserve(self._settings.pool)
         for ticket in self._store.outbox():
             # in this order a crash between repeats the ticket, which RQ refuses, and never loses it
@@ -101,22 +112,51 @@ class Agent:
             self._store.clear_outbox(ticket)
         self._doorbell.wait(TICK_SECONDS)
 
+    def _adopt(self) -> None:
+        """Take over a former agent's workers, and end those whose slots are no more, with a checkpoint."""
+        for slot in self._node.slots:
+            if (worker := tasks.serving(self._settings, slot)) is not None:
+                log.info("slot %s: its worker %d goes on", slot.id, worker.pid)
+                self._workers[slot.id] = worker
+        for lock in slot_lock(self._settings, "").parent.glob(f"{self._node.id}-*.lock"):
+            pid = lock.read_text().partition("\n")[0]
+            if lock.stem not in self._workers and pid.isdecimal() and is_held(lock):
+                log.info("slot %s: its worker %s is of another life and ends", lock.stem, pid)
+                with suppress(psutil.NoSuchProcess):
+                    psutil.Process(int(pid)).terminate()
+
     def _keep_workers(self) -> None:
         for slot in self._node.slots:
             worker = self._workers.get(slot.id)
-            if worker is not None and worker.poll() is None:
+            if worker is not None and _lives(worker):
                 continue
             if time.monotonic() - self._started_at.get(slot.id, float("-inf")) < RESTART_SECONDS:
                 continue
             if worker is not None:
-                log.warning("the worker of slot %s ended with %s and is started again", slot.id, worker.returncode)
+                log.warning("the worker of slot %s ended and is started again", slot.id)
             self._workers[slot.id] = self._start_worker(slot)
             self._started_at[slot.id] = time.monotonic()
 
-    def _start_worker(self, slot: Slot) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "worker.tasks", slot.model_dump_json(), str(os.getpid())]
+    def _end_hung(self) -> None:
+        """Kill what stands still: a stopped worker, or the launcher of a job that has its slot no more.
+
+        Their work was given up when their lease ran out; until they are gone their slot serves nobody.
+        """
+        owners = {slot.id: slot.job_id for node in self._store.list_nodes() for slot in node.slots}
+        for slot_id, worker in self._workers.items():
+            hung = _hung(worker, owned=owners.get(slot_id) is not None)
+            since = self._hung_since.setdefault(slot_id, time.monotonic())
+            if not hung:
+                del self._hung_since[slot_id]
+            elif time.monotonic() - since > self._settings.grace_seconds + HUNG_SECONDS:
+                log.warning("slot %s: process %s hangs and is killed", slot_id, ", ".join(str(p.pid) for p in hung))
+                kill(*hung)
+
+    def _start_worker(self, slot: Slot) -> psutil.Popen:
+        command = [sys.executable, "-m", "worker.tasks", slot.model_dump_json()]
+        environment = {**os.environ, **self._settings.to_environment()}
         # in a session of its own: Ctrl-C is for the agent, which then drains in order
-        return subprocess.Popen(command, env={**os.environ, **self._settings.to_environment()}, start_new_session=True)
+        return psutil.Popen(command, env=environment, start_new_session=True)
 
     def _end(self) -> None:
         """Take no more jobs, let those that run save themselves, and leave no process."""
@@ -124,25 +164,39 @@ class Agent:
             self._store.retire_node(self._node.id)
         except AWAY as error:
             log.warning("Redis is away: %s", error)
-        tree = psutil.Process().children(recursive=True)
-        for worker in self._workers.values():
+        workers = [worker for worker in self._workers.values() if _lives(worker)]
+        families = [*workers, *(child for worker in workers for child in worker.children(recursive=True))]
+        for worker in workers:
             worker.terminate()
-        deadline = time.monotonic() + self._settings.grace_seconds + 10
-        for worker in self._workers.values():
-            try:
-                worker.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                log.warning("a worker did not end in time and is killed")
-                worker.kill()
-        for process in psutil.wait_procs(tree, timeout=1)[1]:
-            process.kill()
+        late = psutil.wait_procs(workers, timeout=self._settings.grace_seconds + 10)[1]
+        if late:
+            log.warning("%d workers did not end in time and are killed", len(late))
+        kill(*late, *psutil.wait_procs(families, timeout=1)[1])
         self._store.close()
         self._rq.close()
 
 
-def lock_path(settings: Settings) -> Path:
-    """Held by the agent of this home on this machine as long as it lives."""
-    return settings.home / f"{node_id(settings)}.lock"
+def _hung(worker: psutil.Process, owned: bool) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        if worker.status() == psutil.STATUS_STOPPED:
+            return [worker]
+        return [] if owned else worker.children()
+    return []
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def main(settings: Settings | None = None) -> int:
@@ -150,12 +204,13 @@ def main(settings: Settings | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     settings = settings or Settings.from_environment()
     settings.runs.mkdir(parents=True, exist_ok=True)
-    with lock_path(settings).open("a") as lock:
+    with agent_lock(settings).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             agent = Agent(settings)
         except BlockingIOError:
-            log.error("another worker runs on %s; stop it, or give this one another TRAINMASTER_HOME", settings.home)
+            way_out = "stop it, or set another TRAINMASTER_NODE or TRAINMASTER_HOME"
+            log.error("another worker runs on %s as node %s; %s", settings.home, node_id(settings), way_out)
             return 1
         except ValueError as error:
             log.error("%s", error)

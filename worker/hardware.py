@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
 import re
 import shutil
-import socket
 import subprocess
+import time
 from dataclasses import dataclass
 
 import psutil
@@ -16,6 +16,8 @@ from gptcore.plan import Hardware
 from worker.job import Slot
 from worker.settings import Settings
 from worker.trainer import slot_cores
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,29 @@ def gpus() -> list[Gpu]:
     return found
 
 
-def node_id(settings: Settings) -> str:
-    """Stable over restarts, and another one for another home on the same machine."""
-    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().split(".")[0])
-    return f"{host}-{hashlib.sha256(str(settings.home).encode()).hexdigest()[:4]}"
+class GpuMemory:
+    """The memory in use on a slot's GPUs (CUDA_VISIBLE_DEVICES) as it was when this was made."""
+
+    def __init__(self) -> None:
+        self._before = _used_mebibytes()
+
+    def await_return(self, seconds: float = 10.0) -> None:
+        """Wait until it is about that again: a driver frees what a process held only after its end."""
+        give_up_at = time.monotonic() + seconds
+        while any(now > before + 512 for now, before in zip(_used_mebibytes(), self._before, strict=False)):
+            if time.monotonic() > give_up_at:
+                log.warning("the GPUs' memory is not free again: %s MiB, before %s", _used_mebibytes(), self._before)
+                return
+            time.sleep(0.5)
+
+
+def _used_mebibytes() -> list[int]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not visible or shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", f"--id={visible}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    return [int(line) for line in answer.stdout.split() if line.isdecimal()]
 
 
 def find_slots(settings: Settings, node: str) -> list[Slot]:

@@ -21,7 +21,7 @@ TERMINAL_STATUSES: frozenset[str] = frozenset({"succeeded", "failed", "cancelled
 TRANSITIONS: dict[Status, tuple[Status, ...]] = {
     "queued": ("starting", "paused", "cancelled"),
     "starting": (
-        "running", "queued", "recovering", "pausing", "cancelling",
+        "running", "queued", "recovering", "pausing", "paused", "cancelling",
         "succeeded", "failed", "cancelled",
     ),
     "running": ("queued", "recovering", "pausing", "cancelling", "paused", "succeeded", "failed"),
@@ -50,7 +50,8 @@ class Record(BaseModel):
 class JobError(Record):
     """Why a job failed. `log` holds the last lines its trainer printed."""
 
-    reason: str  # a failed event's reason, or lost, exited, max_duration, invalid_spec
+    # a failed event's reason, or node_lost, launcher_lost, exited, max_duration, invalid_spec, foreign_run_dir
+    reason: str
     message: str
     log: list[str] = []
 
@@ -141,6 +142,7 @@ class Node(Record):
     pool: str
     slots: list[Slot]
     versions: dict[str, str] = {}
+    runs_root: str = ""  # nodes that share their runs have the same
     schedulable: bool = True
     lease_until: datetime | None = None
     live: bool = False  # the lease holds, by Redis's clock

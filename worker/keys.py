@@ -18,12 +18,16 @@ KEYS = {
     "number": "trainmaster:number",  # counter behind those numbers
     "idempotency": "trainmaster:idempotency:",  # + key: hash of job and body's sha256, 24 h
     "queue": "trainmaster:queue:",  # + pool: zset of waiting job ids by priority, then number
+    "children": "trainmaster:children:",  # + id: set of the jobs that wait for that one's end
     "leases": "trainmaster:leases",  # zset: job id of an attempt under way by its lease's end
+    "members": "trainmaster:members",  # zset: "id/node rank" of an attempt's further nodes, by their leases' ends
     "nodes": "trainmaster:nodes",  # hash: node id to its record
     "node_leases": "trainmaster:node_leases",  # zset: node id by its lease's end
+    "drained": "trainmaster:drained",  # set of node ids that take no new job
     "owners": "trainmaster:owners",  # hash: slot id to the job that has it
     "outbox": "trainmaster:outbox",  # list of tickets reserved but not yet handed to RQ
     "tick": "trainmaster:tick",  # when an agent last looked for lost attempts
+    "hold": "trainmaster:hold",  # until when nothing is given up or placed, after a gap in looking
     "doorbell": "trainmaster:doorbell",  # channel: something to schedule, or to stop
 }
 

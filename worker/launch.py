@@ -3,39 +3,33 @@
 It starts the trainer, ships its events in order, holds the attempt's lease and heeds wishes to stop.
 The trainer knows nothing of it: they speak through the run directory. While Redis is away training
 goes on, and what was not shipped is read again. How an attempt ended is said by its last event,
-never by an exit code.
+never by an exit code. On several nodes this is the first one's; the others run a `Member`.
 """
 
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
-import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import TypeVar
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
-import redis
-
-from gptcore.events import Failed, Finished
+from gptcore.events import Failed, Finished, JsonlReport, Notice
 from gptcore.locks import shared
-from gptcore.rundir import Attempt, RunDir, write_atomically
-from gptcore.spec import PrepareSpec, SpecError, TrainSpec, parse_spec
+from gptcore.rundir import RunDir, write_atomically
+from gptcore.spec import PrepareSpec, SpecError, TrainSpec, parse_spec, read_spec
 from worker import processes, trainer
+from worker.hardware import GpuMemory
+from worker.hold import AWAY, TICK_SECONDS, Hold, draining, log, patiently
 from worker.job import JobError, Status, Ticket
+from worker.member import BROKEN_SECONDS, Member
+from worker.place import node_address, runs_root_id
+from worker.record import job_of
 from worker.settings import Settings
 from worker.shipper import Shipper
-from worker.store import Store, Superseded
+from worker.store import CLAIM_SECONDS, Store, Superseded
 
-TICK_SECONDS = 0.2
 LOG_LINES = 40  # the last of a failed trainer's, in the job's error
-
-draining = threading.Event()  # set by SIGTERM: leave with a checkpoint, another worker goes on
-log = logging.getLogger(__name__)
-AWAY = (redis.ConnectionError, redis.TimeoutError)
-Answer = TypeVar("Answer")
 
 
 def run(job_id: str, attempt: int, node_rank: int, slot: str) -> None:
@@ -43,126 +37,161 @@ def run(job_id: str, attempt: int, node_rank: int, slot: str) -> None:
     settings = Settings.from_environment()
     store = Store.connect(settings.redis_url, socket_timeout=2.0)
     ticket = Ticket(job_id=job_id, attempt=attempt, node_rank=node_rank, slot=slot)
-    if not store.claim(ticket, boot=f"{slot}:{os.getpid()}"):
+    boot, root, give_up_at = f"{slot}:{os.getpid()}", runs_root_id(settings), time.monotonic() + CLAIM_SECONDS
+    if not patiently(lambda: store.claim(ticket, boot, root), settings.grace_seconds, give_up_at):
+        log.info("%s: the ticket is no longer good", ticket.id)
         return
-    launcher = Launcher(settings, store, ticket)
+    hold = Hold(store, ticket, settings.grace_seconds)
     try:
-        launcher.run()
+        if node_rank == 0:
+            Launcher(settings, hold).run()
+        else:
+            Member(settings, hold).run()
     except Superseded as superseded:
         log.warning("%s; nothing more is written", superseded)
-    except OSError as error:  # a full disk, a runs root that cannot be written: the job says so
-        launcher.give_up("worker", f"{type(error).__name__}: {error}")
 
 
 class Launcher:
-    def __init__(self, settings: Settings, store: Store, ticket: Ticket):
+    def __init__(self, settings: Settings, hold: Hold):
         self._settings = settings
-        self._store = store
-        self._who = ticket.slot
-        self._job = store.get_job(ticket.job_id)
-        self._number = ticket.attempt
-        self._run_dir = RunDir(settings.runs / ticket.job_id)
+        self._hold = hold
+        self._ticket = hold.ticket
+        self._job = job_of(hold.record, None)
+        self._run_dir = RunDir(settings.runs / self._job.id)
+        self._attempt = self._run_dir.attempt(hold.ticket.attempt)
+        self._shipper = Shipper(hold.store, self._job.id, self._run_dir, hold.ticket.attempt, self._job.total_steps)
         self._limit: float | None = None  # of seconds in all attempts
-        self._ran_before = float(store.internal(ticket.job_id, "ran_seconds") or 0)
+        self._ran_before = float(hold.record.get("ran_seconds", 0))
         self._began = time.monotonic()
         self._word = ""  # how the attempt is to end, once it is: what the stop file says
-        self._kill_at = float("inf")
+        self._broken = ""  # what broke on another of its nodes
 
     def run(self) -> None:
         try:
-            spec = parse_spec(self._job.spec)
+            self._run(parse_spec(self._job.spec))
         except SpecError as error:
-            return self._fail("invalid_spec", str(error))
-        if spec.resources.nodes > 1:
-            return self._fail("invalid_spec", "nodes above 1 are not run yet; use 1")
+            self._fail("invalid_spec", str(error))
+        except OSError as error:  # a full disk, a runs root that cannot be written: the job says so
+            self._give_up("worker", f"{type(error).__name__}: {error}")
+
+    def _run(self, spec: TrainSpec | PrepareSpec) -> None:
         self._limit = spec.resources.max_duration_seconds
-        earlier = self._run_dir.attempts()
-        attempt = self._claim_folder()
-        own = Shipper(self._store, self._job.id, attempt, self._number, self._job.total_steps)
+        if (owner := self._run_dir.owner()) not in ("", self._job.id):
+            message = f"{self._run_dir.path} is the run directory of {owner}; move it away and submit the job again"
+            return self._fail("foreign_run_dir", message)
+        if not self._claim_folder():
+            return None
         with ExitStack() as locks:
-            if not self._outlast(earlier, locks):
-                return self._conclude(own, attempt)
-            if self._ship_earlier(earlier):
-                return self._finish("succeeded", "finished in an earlier attempt")
-            locks.enter_context(shared(attempt.lock))
-            if not self._run_dir.spec.exists():
-                write_atomically(self._run_dir.spec, spec.model_dump_json(indent=2))
-            self._train(spec, attempt, own)
-            return self._conclude(own, attempt)
+            if self._outlast(locks):
+                self._ship_all()  # what earlier launchers could not any more
+                if self._shipper.finished:
+                    return self._finish("succeeded", "finished in an earlier attempt")
+                locks.enter_context(shared(self._attempt.lock))
+                self._train(self._settled_spec(spec))
+            return self._conclude()
 
     # ---- before
 
-    def _claim_folder(self) -> Attempt:
-        """This attempt's folder. A store restored from an older state learns the number from the directory."""
-        attempt = self._run_dir.claim_attempt(at_least=self._number)
-        if attempt.number != self._number:
-            number = {"attempt": attempt.number, "claimed": attempt.number}
-            self._patiently(lambda: self._store.report(self._job.id, self._number, number))
-            self._number = attempt.number
-        return attempt
+    def _claim_folder(self) -> bool:
+        """Make this attempt's folder. An older state of the store learns from the directory how far it came."""
+        latest = max((attempt.number for attempt in self._run_dir.attempts()), default=0)
+        if latest >= self._ticket.attempt:
+            why = f"attempt {latest} was made before, in a history that Redis forgot"
+            self._finish("recovering", why, attempt=latest)
+            return False
+        self._attempt.path.mkdir(parents=True)
+        processes.sign(self._attempt.path, 0)
+        write_atomically(self._run_dir.owner_mark, self._job.id)
+        return True
 
-    def _outlast(self, earlier: list[Attempt], locks: ExitStack) -> bool:
+    def _settled_spec(self, spec: TrainSpec | PrepareSpec) -> TrainSpec | PrepareSpec:
+        """The spec that the run began with, whatever Redis says later."""
+        if not self._run_dir.spec.exists():
+            write_atomically(self._run_dir.spec, spec.model_dump_json(indent=2))
+            return spec
+        began_with = read_spec(self._run_dir.spec)
+        if began_with != spec:
+            report = JsonlReport(self._attempt.events, self._attempt.number)
+            report(Notice(level="warning", message="the spec in Redis was changed; the run goes on with its own"))
+            report.close()
+        return began_with
+
+    def _outlast(self, locks: ExitStack) -> bool:
         """Wait until no process of an earlier attempt lives, here or elsewhere; false when told to stop.
 
-        Their locks stay with us, so that none can begin late.
+        Their locks stay with us, so that none can begin late. Whoever is still at it on a node that Redis
+        does not hear is told so through the directory.
         """
+        earlier = [attempt for attempt in self._run_dir.attempts() if attempt.number < self._attempt.number]
         kill_at = time.monotonic() + self._settings.grace_seconds
-        held_by_others = [locks.enter_context(attempt.lock.open("a")).fileno() for attempt in earlier]
-        while earlier and not self._heed():
-            held_by_others = [lock for lock in held_by_others if not _take(lock)]
-            if not held_by_others and not processes.living(self._job.id):
-                break
+        held_by_others = [(attempt, locks.enter_context(attempt.lock.open("a")).fileno()) for attempt in earlier]
+        while not self._heed():
+            held_by_others = [(attempt, lock) for attempt, lock in held_by_others if not _take(lock)]
+            for attempt, _ in held_by_others:
+                if not attempt.stop.exists():
+                    write_atomically(attempt.stop, "pause")
+            left = processes.leftovers(self._ticket, (attempt.path for attempt in earlier))
+            if not held_by_others and not left:
+                return True
             if time.monotonic() > kill_at:
-                processes.kill(self._job.id)
+                processes.kill(*left)
             time.sleep(TICK_SECONDS)
-        return not self._heed()
-
-    def _ship_earlier(self, earlier: list[Attempt]) -> bool:
-        """Ship what earlier launchers could not any more; whether one of those attempts had finished."""
-        known = self._patiently(lambda: self._store.last_event(self._job.id))
-        outcomes = []
-        for attempt in (a for a in earlier if a.number >= known[0]):
-            shipper = Shipper(self._store, self._job.id, attempt, self._number, self._job.total_steps, known)
-            self._send_all(shipper)
-            outcomes.append(shipper.progress.outcome)
-        return any(isinstance(outcome, Finished) for outcome in outcomes)
+        return False
 
     # ---- during
 
-    def _train(self, spec: TrainSpec | PrepareSpec, attempt: Attempt, own: Shipper) -> None:
+    def _train(self, spec: TrainSpec | PrepareSpec) -> None:
         """Run the trainer to its end, all events shipped. Raises Superseded, the trainer stopped."""
-        command = trainer.command(spec, self._settings, self._run_dir.path, attempt.number)
-        environment = trainer.environment(spec, self._settings)
-        tree = processes.Tree(command, self._job.id, environment, self._run_dir.path, attempt.log)
+        meeting = trainer.Meeting(node_address(self._settings), trainer.free_port())
+        if len(self._job.nodes) > 1:
+            self._report(rendezvous=meeting.text())
+        memory = GpuMemory()
+        tree = processes.Tree(
+            trainer.command(spec, self._settings, self._run_dir.path, self._ticket, meeting),
+            self._ticket,
+            trainer.environment(spec, self._settings),
+            self._run_dir.path,
+            self._attempt.log,
+            self._settings.grace_seconds,
+        )
         try:
             while tree.alive():
-                self._send(own)
-                self._tend(tree, attempt, self._heed())
-            self._send_all(own)
+                self._send()
+                self._tend(tree)
+                time.sleep(TICK_SECONDS)
+            self._ship_all()
+            self._await_members()
         except Superseded:
+            self._pass_on("pause")
+            # without the others no rank gets as far as a checkpoint
+            tree.end_within(BROKEN_SECONDS if len(self._job.nodes) > 1 else self._settings.grace_seconds)
             while tree.alive():
-                self._tend(tree, attempt, "pause")
+                time.sleep(TICK_SECONDS)
             raise
+        memory.await_return()
 
-    def _tend(self, tree: processes.Tree, attempt: Attempt, word: str) -> None:
-        """Pass on a wish to stop, kill what outstays its grace, and wait a tick."""
-        now, grace = time.monotonic(), self._settings.grace_seconds
-        if word and word != _text(attempt):
-            write_atomically(attempt.stop, word)
-            self._kill_at = min(self._kill_at, now + grace)
-        if not tree.leader_alive():  # torchrun was killed: its ranks are told so by the kernel
-            self._kill_at = min(self._kill_at, now + grace)
-        if now > self._kill_at:
-            tree.kill()
-        time.sleep(TICK_SECONDS)
+    def _tend(self, tree: processes.Tree) -> None:
+        word = self._heed()
+        if word and self._pass_on(word):
+            tree.end_within(self._settings.grace_seconds)
+        if self._broken:
+            tree.end_within(BROKEN_SECONDS)
+        if self._shipper.progress.outcome is not None:  # it said its last word
+            tree.end_within(self._settings.grace_seconds)
+
+    def _pass_on(self, word: str) -> bool:
+        """Tell the trainer to stop; whether it was not told so before."""
+        if _text(self._attempt.stop) == word:
+            return False
+        write_atomically(self._attempt.stop, word)
+        return True
 
     def _heed(self) -> str:
         """Hold the lease and ask how the attempt is to end: "" or a word for the stop file."""
-        try:
-            desired = self._store.renew(self._job.id, self._number)
-        except AWAY:
-            desired = ""
-        if desired:
+        desired = self._hold.renew()
+        if desired.startswith("broken"):
+            self._broken = desired.removeprefix("broken: ")
+        elif desired:
             self._word = desired
         elif draining.is_set():
             self._word = self._word or "pause"
@@ -174,69 +203,71 @@ class Launcher:
         """In all attempts; time in the queue does not count."""
         return self._ran_before + time.monotonic() - self._began
 
-    def _send(self, shipper: Shipper) -> bool:
-        try:
-            return shipper.send("running", self._who, ran_seconds=self._ran_seconds())
-        except AWAY:  # training goes on; the same lines are sent again
-            return False
+    def _await_members(self) -> None:
+        """Until nothing of the attempt lives on its other nodes. One that is lost meanwhile ends the attempt."""
+        if len(self._job.nodes) > 1:
+            self._report(over=1)
+        while len(self._job.nodes) > 1 and self._hold.insist(lambda: self._hold.store.members_left(self._job.id)):
+            self._hold.renew()
+            time.sleep(TICK_SECONDS)
 
-    def _send_all(self, shipper: Shipper) -> None:
-        while self._patiently(lambda: shipper.send(ran_seconds=self._ran_seconds())):
+    def _send(self) -> None:
+        """Ship what there is, unless Redis is away: the same lines are sent again."""
+        with suppress(*AWAY, Superseded):  # the next renewal tells whether another attempt has the job
+            self._shipper.send("running", self._ticket.slot, ran_seconds=self._ran_seconds())
+
+    def _ship_all(self) -> None:
+        while self._hold.insist(lambda: self._shipper.send(ran_seconds=self._ran_seconds())):
             pass
 
-    def _patiently(self, call: Callable[[], Answer]) -> Answer:
-        """Wait for Redis as long as it takes; a worker that is to end gives it the grace period."""
-        give_up_at = float("inf")
-        while True:
-            try:
-                return call()
-            except AWAY:
-                if draining.is_set():
-                    give_up_at = min(give_up_at, time.monotonic() + self._settings.grace_seconds)
-                if time.monotonic() > give_up_at:
-                    raise
-            time.sleep(TICK_SECONDS)
+    def _report(self, **fields: object) -> None:
+        self._hold.insist(lambda: self._hold.store.report(self._job.id, self._ticket.attempt, fields))
 
     # ---- after
 
-    def _conclude(self, own: Shipper, attempt: Attempt) -> None:
+    def _conclude(self) -> None:
         """Say how the attempt ended. Nothing of it lives and all its events are shipped."""
-        outcome = own.progress.outcome
+        outcome, step = self._shipper.progress.outcome, self._shipper.progress.step
         if isinstance(outcome, Finished):  # also where a wish to stop came too late
             self._finish("succeeded", "")
         elif self._word == "cancel":
             self._finish("cancelled", "cancelled on request")
         elif isinstance(outcome, Failed) and outcome.reason != "crash":
-            self._fail(outcome.reason, outcome.message, attempt)
+            self._fail(outcome.reason, outcome.message)
         elif self._word == "pause":
             self._finish("queued", "its worker was drained")
         elif self._word == "max_duration":
-            reached = f"{own.progress.step} of {self._job.total_steps} steps"
+            reached = f"{step} of {self._job.total_steps} steps"
             message = f"reached max_duration_seconds {self._limit:g} after {reached}; its checkpoints are kept"
-            self._fail("max_duration", message)
+            self._fail("max_duration", message, log_lines=0)
+        elif self._broken:
+            self._give_up("exited", self._broken)
         elif isinstance(outcome, Failed):
-            # one that broke before its first step would break again the same way
-            self.give_up("crash", outcome.message, attempt, None if own.progress.step else 1)
+            # alone, one that broke before its first step would break again the same way
+            again = step > 0 or len(self._job.nodes) > 1
+            self._give_up("crash", outcome.message, None if again else 1)
         elif outcome is None:
-            self.give_up("exited", "the trainer ended without a word", attempt)
+            self._give_up("exited", "the trainer ended without a word")
+        elif _text(self._attempt.stop) == "pause":
+            self._finish("queued", "another of its nodes was drained")
         else:
-            self.give_up("exited", "the trainer was told to stop by something else", attempt)
+            self._give_up("exited", "the trainer was told to stop by something else")
 
-    def _fail(self, reason: str, message: str, attempt: Attempt | None = None) -> None:
-        error = JobError(reason=reason, message=message, log=_tail(attempt) if attempt else [])
-        self._finish("failed", reason, error)
+    def _fail(self, reason: str, message: str, log_lines: int = LOG_LINES) -> None:
+        error = JobError(reason=reason, message=message, log=_tail(self._attempt.log, log_lines))
+        self._finish("failed", reason, error=error)
 
-    def _finish(self, status: Status, why: str, error: JobError | None = None) -> None:
-        fields = {"error": error, "ran_seconds": self._ran_seconds()}
-        self._patiently(
-            lambda: self._store.finish(self._job.id, self._number, status, why, who=self._who, fields=fields)
-        )
+    def _finish(self, status: Status, why: str, **fields: object) -> None:
+        job_id, attempt, who = self._job.id, self._ticket.attempt, self._ticket.slot
+        fields |= {"ran_seconds": self._ran_seconds()}
+        self._hold.insist(lambda: self._hold.store.finish(job_id, attempt, status, why, who=who, fields=fields))
 
-    def give_up(self, reason: str, message: str, attempt: Attempt | None = None, most: int | None = None) -> None:
+    def _give_up(self, reason: str, message: str, most: int | None = None) -> None:
         """End the attempt as lost: another follows, unless `most` were lost in a row."""
-        error = JobError(reason=reason, message=message, log=_tail(attempt) if attempt else [])
+        error = JobError(reason=reason, message=message, log=_tail(self._attempt.log, LOG_LINES))
+        job_id, attempt, who = self._job.id, self._ticket.attempt, self._ticket.slot
         most = most or self._settings.max_attempts
-        self._patiently(lambda: self._store.lose(self._job.id, self._number, most, error, who=self._who))
+        self._hold.insist(lambda: self._hold.store.lose(job_id, attempt, most, error, who=who))
 
 
 def _take(lock: int) -> bool:
@@ -247,14 +278,14 @@ def _take(lock: int) -> bool:
     return True
 
 
-def _text(attempt: Attempt) -> str:
-    return attempt.stop.read_text() if attempt.stop.exists() else ""
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
-def _tail(attempt: Attempt) -> list[str]:
+def _tail(log: Path, lines: int) -> list[str]:
     """The last lines that the trainer printed."""
-    if not attempt.log.exists():
+    if not log.exists() or not lines:
         return []
-    with attempt.log.open("rb") as file:
-        file.seek(max(0, attempt.log.stat().st_size - 16_384))
-        return file.read().decode("utf-8", "replace").splitlines()[-LOG_LINES:]
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 16_384))
+        return file.read().decode("utf-8", "replace").splitlines()[-lines:]

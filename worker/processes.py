@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from gptcore.procs import die_with_parent
+from worker.job import Ticket
 
-# every process of a job's attempts carries its id here: ranks are in sessions of their own, and
-# once torchrun is gone nothing else ties them together
-MARK = "TRAINMASTER_JOB"
+# in the environment of every process of an attempt: ranks are in sessions of their own, and once
+# torchrun is gone nothing else ties them together
+JOB, ATTEMPT, SLOT = "TRAINMASTER_JOB", "TRAINMASTER_ATTEMPT", "TRAINMASTER_SLOT"
 
 
 class Tree:
     """A program and everything it starts. Make it in the main thread: death signals follow the thread."""
 
-    def __init__(self, command: list[str], job_id: str, environment: Mapping[str, str], folder: Path, log: Path):
-        self._job_id = job_id
+    def __init__(
+        self,
+        command: list[str],
+        ticket: Ticket,
+        environment: Mapping[str, str],
+        folder: Path,
+        log: Path,
+        grace_seconds: float,
+    ):
+        self._marks = {JOB: ticket.job_id, ATTEMPT: str(ticket.attempt), SLOT: ticket.slot}
+        self._grace_seconds = grace_seconds
+        self._kill_at = float("inf")
         launcher = os.getpid()
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
-                env={**environment, MARK: job_id},
+                env={**environment, **self._marks},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -35,34 +49,74 @@ class Tree:
                 preexec_fn=lambda: die_with_parent(signal.SIGTERM, launcher),
             )
 
-    def leader_alive(self) -> bool:
-        return self._process.poll() is None
+    @property
+    def returncode(self) -> int | None:
+        return self._process.poll()
+
+    def end_within(self, seconds: float) -> None:
+        """Let it end by itself for so long; then `alive` kills it."""
+        self._kill_at = min(self._kill_at, time.monotonic() + seconds)
 
     def alive(self) -> bool:
-        # looking through all processes costs milliseconds: only once the leader has gone
-        return self.leader_alive() or bool(living(self._job_id))
+        """Whether any process of it lives; kills those whose time is over."""
+        left = []
+        if self._process.poll() is not None:
+            # looking through all processes costs milliseconds: only once the first has gone. The others
+            # are told so by the kernel.
+            self.end_within(self._grace_seconds)
+            left = list(living(**self._marks))
+        if time.monotonic() > self._kill_at:
+            if self._process.poll() is None:
+                self._process.kill()
+            kill(*living(**self._marks))
+        return bool(left) or self._process.poll() is None
 
-    def kill(self) -> None:
-        """SIGKILL to all there are now; call until none is alive."""
-        if self.leader_alive():
-            self._process.kill()
-        kill(self._job_id)
 
-
-def living(job_id: str) -> list[psutil.Process]:
-    """The processes on this machine that belong to any attempt at the job."""
-    found = []
+def living(**marks: str) -> Iterator[psutil.Process]:
+    """The processes on this machine that carry these marks: JOB, ATTEMPT or SLOT to their values."""
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == job_id and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+            environment = process.environ()
+            marked = all(environment.get(name) == value for name, value in marks.items())
+            if marked and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
         except psutil.Error:  # gone meanwhile, or another user's
             continue
-    return found
 
 
-def kill(job_id: str) -> None:
-    for process in living(job_id):
+def leftovers(ticket: Ticket, attempts: Iterable[Path] = ()) -> list[psutil.Process]:
+    """What lives here of other attempts at the ticket's job (the folders `attempts`), or had its slot before."""
+    found = {*living(**{JOB: ticket.job_id}), *living(**{SLOT: ticket.slot})}
+    mine = living(**{JOB: ticket.job_id, ATTEMPT: str(ticket.attempt)})
+    signed = [read_signature(path) for folder in attempts for path in folder.glob("launcher-*")]
+    return [*(found - set(mine)), *(process for process in signed if process is not None)]
+
+
+def sign(attempt: Path, node_rank: int) -> None:
+    """Note in the attempt's folder that this process is its launcher, for `leftovers`."""
+    (attempt / f"launcher-{node_rank}").write_text(f"{_boot_id()} {os.getpid()} {psutil.Process().create_time()}")
+
+
+def read_signature(path: Path) -> psutil.Process | None:
+    """The launcher that signed, where it lives and is of this machine."""
+    boot, _, rest = path.read_text().partition(" ")
+    pid, _, created = rest.partition(" ")
+    if boot == _boot_id() and pid.isdecimal():
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(pid))
+            if str(process.create_time()) == created and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+    return None
+
+
+def _boot_id() -> str:
+    """Of this machine since it started; elsewhere than on Linux its name must do."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.exists() else socket.gethostname()
+
+
+def kill(*processes: psutil.Process) -> None:
+    for process in processes:
         try:
             process.kill()
         except psutil.NoSuchProcess:

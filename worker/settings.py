@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ class Settings:
     redis_url: str = DEFAULT_REDIS_URL
     url: str = DEFAULT_URL  # of the server that the command line talks to
     pool: str = "default"
+    node: str = ""  # this node's name; empty: made from the machine's and the home's
+    address: str = ""  # by which other nodes reach this one; empty: as seen on the way to Redis
     slots: str = ""  # "0-3,4-7": ranges of CPU cores or GPUs; empty: one slot with everything
     device: Literal["auto", "cpu", "cuda"] = "auto"
     grace_seconds: float = 60.0  # from a stop's word to the kill of the whole tree
@@ -45,6 +48,8 @@ class Settings:
             redis_url=env.get("TRAINMASTER_REDIS_URL", DEFAULT_REDIS_URL),
             url=env.get("TRAINMASTER_URL", DEFAULT_URL).rstrip("/"),
             pool=env.get("TRAINMASTER_POOL", "default"),
+            node=_word(env, "TRAINMASTER_NODE"),
+            address=env.get("TRAINMASTER_ADDRESS", ""),
             slots=env.get("TRAINMASTER_SLOTS", ""),
             device=cast(Literal["auto", "cpu", "cuda"], device),
             grace_seconds=_number(env, "TRAINMASTER_GRACE_SECONDS", cls.grace_seconds),
@@ -59,6 +64,8 @@ class Settings:
             "TRAINMASTER_REDIS_URL": self.redis_url,
             "TRAINMASTER_URL": self.url,
             "TRAINMASTER_POOL": self.pool,
+            "TRAINMASTER_NODE": self.node,
+            "TRAINMASTER_ADDRESS": self.address,
             "TRAINMASTER_SLOTS": self.slots,
             "TRAINMASTER_DEVICE": self.device,
             "TRAINMASTER_GRACE_SECONDS": str(self.grace_seconds),
@@ -75,3 +82,10 @@ def _number(env: Mapping[str, str], name: str, default: float) -> float:
     if not number > 0:
         raise ValueError(f"{name} {env[name]!r} is not above 0; use a larger one")
     return number
+
+
+def _word(env: Mapping[str, str], name: str) -> str:
+    word = env.get(name, "")
+    if word and not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", word):
+        raise ValueError(f"{name} {word!r} cannot name a node; use letters, digits, _ and -, at most 60")
+    return word

@@ -1,12 +1,12 @@
-"""Copies an attempt's events, in order, from its file into Redis, and tells the job what they say."""
+"""Copies a run's events, in order and without a gap, from its files into Redis, and tells the job what they say."""
 
 from __future__ import annotations
 
 from itertools import islice
 from typing import Any
 
-from gptcore.events import parse_event, read_lines
-from gptcore.rundir import Attempt
+from gptcore.events import Finished, parse_event, read_lines
+from gptcore.rundir import Attempt, RunDir
 from worker.job import Status
 from worker.progress import Progress
 from worker.store import Store
@@ -15,48 +15,71 @@ BATCH_EVENTS = 500
 
 
 class Shipper:
-    """`holder` is the attempt that has the job: it ships its own events and those of earlier ones.
+    """Ships for attempt `holder`, which has the job: first what earlier attempts left, then its own events.
 
-    What `known`, the id of the stream's last event, shows to be there already is read and not sent: its
-    news for the job are old.
+    It goes on behind the newest event that Redis has. Should Redis come back with older ones (restored
+    from a backup), it starts again from there. What Redis knows already is read and not sent: its news
+    for the job are old.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        job_id: str,
-        attempt: Attempt,
-        holder: int,
-        total_steps: int | None,
-        known: tuple[int, int] = (0, 0),
-    ):
+    def __init__(self, store: Store, job_id: str, run_dir: RunDir, holder: int, total_steps: int | None):
         self._store = store
         self._job_id = job_id
-        self._attempt = attempt
+        self._run_dir = run_dir
         self._holder = holder
-        self._known = known
-        self._offset = 0  # behind the last line shipped
+        self._total_steps = total_steps
+        self._known = ""  # id of the newest event in Redis; empty: to be asked for
+        self._offset = 0  # behind the last line shipped of the first of:
+        self._attempts: list[Attempt] = []  # those still to be read
         self.progress = Progress(total_steps)
+        self.finished = False  # some attempt said so
 
     def send(self, status: Status | None = None, who: str = "", **fields: Any) -> bool:
         """Ship the next complete lines; whether there were any. Raises Superseded.
 
         After an error the same lines are sent again, which changes nothing where they had arrived.
         """
-        if not self._attempt.events.exists():
-            return False
-        lines = list(islice(read_lines(self._attempt.events, self._offset), BATCH_EVENTS))
+        if not self._known:
+            self._begin(self._store.last_event(self._job_id))
+        lines = self._next_lines()
         if not lines:
             return False
-        fresh = []
+        fresh, number = [], self._attempts[0].number
         for _, line in lines:
             event = parse_event(line)
             changes = self.progress.take(event)
-            if (self._attempt.number, event.seq) > self._known:
-                fresh.append((event.seq, line))
+            self.finished |= isinstance(event, Finished)
+            if (number, event.seq) > _pair(self._known):
+                fresh.append((f"{number}-{event.seq}", line))
                 fields |= {name: value for name, value in changes.items() if value is not None}
         if fresh:
-            self._store.append_events(self._job_id, self._attempt.number, fresh)
-            self._store.report(self._job_id, self._holder, fields, who=who, status=status)
+            newest = self._store.ship(self._job_id, self._holder, self._known, fresh, fields, who=who, status=status)
+            if newest is not None:
+                self._begin(newest)
+                return True
+            self._known = fresh[-1][0]
         self._offset = lines[-1][0]
         return True
+
+    def _begin(self, known: str) -> None:
+        self._known = known
+        numbers = range(max(1, _pair(known)[0]), self._holder + 1)
+        self._attempts = [self._run_dir.attempt(number) for number in numbers]
+        self._offset = 0
+        self.progress = Progress(self._total_steps)
+
+    def _next_lines(self) -> list[tuple[int, str]]:
+        """Of the first attempt that has any more."""
+        while True:
+            file = self._attempts[0].events
+            lines = list(islice(read_lines(file, self._offset), BATCH_EVENTS)) if file.exists() else []
+            if lines or len(self._attempts) == 1:
+                return lines
+            self._attempts.pop(0)
+            self._offset = 0
+            self.progress = Progress(self._total_steps)
+
+
+def _pair(event_id: str) -> tuple[int, int]:
+    attempt, _, seq = event_id.partition("-")
+    return int(attempt), int(seq)

@@ -6,24 +6,19 @@ twice. Every method may raise `redis.ConnectionError` or `redis.TimeoutError`.
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Self, cast
 
 import redis
-import redis.asyncio
-from pydantic import BaseModel
-from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from gptcore.plan import Hardware, Plan
 from gptcore.spec import PrepareSpec, TrainSpec
+from worker.doorbell import Doorbell
 from worker.job import (
-    TERMINAL_STATUSES,
     Job,
     JobError,
     JobPage,
@@ -34,6 +29,7 @@ from worker.job import (
     new_job_id,
 )
 from worker.keys import KEYS, script
+from worker.record import flat, job_of, new_record
 
 LEASE_SECONDS = 12.0  # of an attempt and of a node
 CLAIM_SECONDS = 10.0  # a ticket not started by then is replaced by the next attempt
@@ -41,14 +37,21 @@ FREEZE_SECONDS = 600.0  # a job that has waited this long lets no smaller one pa
 EVENTS_KEPT = 100_000  # newest of a run in Redis; all of them are in the run directory
 FORGET_NODE_SECONDS = 3600.0
 
-# fields of the job's hash that hold JSON; the others are plain text, which Pydantic reads
-_JSON_FIELDS = ("labels", "nodes", "spec", "plan", "best_checkpoint", "published", "error")
+SCRIPTS = (
+    "create", "stop", "resume", "reserve", "claim", "renew", "leave", "ship", "reassert", "finish", "lose", "retire",
+)  # fmt: skip
 
 
 class JobNotFound(LookupError):
     def __init__(self, job_id: str):
         self.job_id = job_id
         super().__init__(f"no job {job_id!r}")
+
+
+class NodeNotFound(LookupError):
+    def __init__(self, node_id: str):
+        self.node_id = node_id
+        super().__init__(f"no node {node_id!r}")
 
 
 class IdempotencyConflict(ValueError):
@@ -63,12 +66,15 @@ class Superseded(RuntimeError):
     """Another attempt has the job, or none: whoever asked must stop and write nothing."""
 
 
+class NotPossible(RuntimeError):
+    """What was asked of a job does not go with its status."""
+
+
 class Store:
     def __init__(self, client: redis.Redis, url: str):
         self._redis: Any = client  # typed as bytes or text or a future; here every answer is text
-        self._url = url
-        names = ("create", "cancel", "reserve", "claim", "renew", "report", "finish", "lose")
-        self._scripts = {name: client.register_script(script(name)) for name in names}
+        self.url = url
+        self._scripts = {name: client.register_script(script(name)) for name in SCRIPTS}
 
     @classmethod
     def connect(cls, url: str, socket_timeout: float = 5.0) -> Self:
@@ -101,28 +107,23 @@ class Store:
         *,
         idempotency_key: str | None = None,
         body_sha256: str = "",
+        parent_job_id: str | None = None,
+        children: Sequence[TrainSpec | PrepareSpec] = (),
     ) -> tuple[Job, bool]:
         """Queue a resolved spec, or find the job that this key made in the last 24 h.
 
+        With a parent it waits for that job to succeed, and is cancelled where it does not. `children` are
+        made with it, as a whole: a child's `source` "parent" becomes the new job's id.
         Returns the job and whether it is new. Raises IdempotencyConflict.
         """
-        asked = spec.resources
-        fields = {
-            "kind": spec.kind,
-            "name": spec.name,
-            "labels": spec.labels,
-            "spec": spec.model_dump(mode="json"),
-            "plan": plan,
-            "total_steps": spec.max_steps if isinstance(spec, TrainSpec) else None,
-            "pool": asked.pool,
-            "priority": asked.priority,
-            # text becomes shards on one core of one node, whatever the spec asks for
-            "wanted_nodes": asked.nodes if isinstance(spec, TrainSpec) else 1,
-            "wanted_ranks": asked.ranks_per_node if isinstance(spec, TrainSpec) else 1,
-            "wanted_device": asked.device if isinstance(spec, TrainSpec) else "auto",
-        }
         while True:
-            outcome, job_id = self._run("create", new_job_id(), idempotency_key or "", body_sha256, *_flat(fields))
+            job_id = new_job_id()
+            made = [new_record(job_id, parent_job_id, spec, plan)]
+            for child in children:
+                if getattr(child, "source", None) == "parent":
+                    child = child.model_copy(update={"source": job_id})
+                made.append(new_record(new_job_id(), job_id, child, None))
+            outcome, job_id = self._run("create", idempotency_key or "", body_sha256, *map(json.dumps, made))
             if outcome == "conflict":
                 raise IdempotencyConflict(
                     f"Idempotency-Key {idempotency_key!r} was used for {job_id} with another body; use a new key"
@@ -151,7 +152,7 @@ class Store:
         found = [fields for fields in pipeline.execute() if fields]
         for fields in found:
             pipeline.zrank(KEYS["queue"] + fields["pool"], fields["id"])
-        return [_job(fields, rank) for fields, rank in zip(found, pipeline.execute(), strict=True)]
+        return [job_of(fields, rank) for fields, rank in zip(found, pipeline.execute(), strict=True)]
 
     def list_jobs(
         self,
@@ -201,7 +202,25 @@ class Store:
 
     def request_cancel(self, job_id: str, who: str = "api") -> Job:
         """Wish a job's end; again and again does no more than once. Raises JobNotFound."""
-        if self._run("cancel", job_id, who) is None:
+        return self._ask("stop", job_id, who, "cancel")
+
+    def request_pause(self, job_id: str, who: str = "api") -> Job:
+        """Wish that a job saves a checkpoint and waits for `resume`. Raises JobNotFound, NotPossible."""
+        job = self._ask("stop", job_id, who, "pause")
+        if job.status not in ("pausing", "paused"):
+            raise NotPossible(f"{job_id} is {job.status}; only a job that waits or runs can be paused")
+        return job
+
+    def resume(self, job_id: str, who: str = "api") -> Job:
+        """Queue a paused job again; one that waits or runs stays as it is. Raises JobNotFound, NotPossible."""
+        job = self._ask("resume", job_id, who)
+        if job.ended or job.status in ("pausing", "cancelling"):
+            way_out = "resume it once it is paused" if job.status == "pausing" else "submit it as a new job"
+            raise NotPossible(f"{job_id} is {job.status}; {way_out}")
+        return job
+
+    def _ask(self, script_name: str, job_id: str, *args: str) -> Job:
+        if self._run(script_name, job_id, *args) is None:
             raise JobNotFound(job_id)
         return self.get_job(job_id)
 
@@ -221,105 +240,99 @@ class Store:
 
     # ---- the launcher's side: all of it asks first whether the attempt still has the job
 
-    def claim(self, ticket: Ticket, boot: str) -> bool:
-        """Start a ticket: true once, and never for a job that is to stop. `boot` names the claimer."""
-        args = (ticket.job_id, str(ticket.attempt), str(ticket.node_rank), boot, LEASE_SECONDS)
+    def claim(self, ticket: Ticket, boot: str, runs_root: str = "") -> bool:
+        """Start a ticket: once, and never for a job that is to stop. `boot` names the claimer, who may ask again."""
+        args = (ticket.job_id, str(ticket.attempt), str(ticket.node_rank), boot, runs_root, LEASE_SECONDS)
         return bool(self._run("claim", *args) == "claimed")
 
-    def renew(self, job_id: str, attempt: int) -> str:
-        """Hold the attempt's lease; "", or how the job is to end ("cancel", "pause"). Raises Superseded."""
-        desired = self._run("renew", job_id, str(attempt), LEASE_SECONDS)
-        if desired is None:
-            raise Superseded(f"attempt {attempt} of {job_id} was given up")
-        return str(desired)
+    def renew(self, job_id: str, attempt: int, node_rank: int = 0) -> str:
+        """Hold the lease of an attempt, or of a member's part in it. Raises Superseded.
+
+        Returns "", or what is desired ("cancel", "pause"), "broken: why" where a member's part broke; to a
+        member "over" once the first node's part has ended.
+        """
+        return str(self._held("renew", job_id, attempt, str(node_rank), LEASE_SECONDS))
+
+    def leave(self, job_id: str, attempt: int, node_rank: int, broke: str = "") -> None:
+        """A member's part has ended and nothing of it lives; `broke`: why the attempt cannot go on without it."""
+        self._run("leave", job_id, str(attempt), str(node_rank), broke)
+
+    def members_left(self, job_id: str) -> list[str]:
+        """Those members, as "job/node rank", that have not left the attempt under way and whose leases hold."""
+        live = self._redis.zrangebyscore(KEYS["members"], self._now(), "+inf")
+        return [member for member in live if member.startswith(f"{job_id}/")]
 
     def report(
         self, job_id: str, attempt: int, fields: Mapping[str, Any], *, who: str = "", status: Status | None = None
     ) -> None:
         """Set fields of the job, and its status where that may follow. Raises Superseded."""
-        if not self._run("report", job_id, str(attempt), who, status or "", "", *_flat(fields)):
-            raise Superseded(f"attempt {attempt} of {job_id} was given up")
+        self.ship(job_id, attempt, "0-0", [], fields, who=who, status=status)
+
+    def ship(
+        self,
+        job_id: str,
+        attempt: int,
+        before: str,
+        events: Sequence[tuple[str, str]],
+        fields: Mapping[str, Any],
+        *,
+        who: str = "",
+        status: Status | None = None,
+    ) -> str | None:
+        """Add (id, JSON) events behind the one with id `before`, and `report`; those there already stay alone.
+
+        Returns None; or, where the stream ends before `before`, the id of its newest event: an older state
+        was restored, and all behind that id is to be shipped again. Raises Superseded.
+        """
+        lines = [text for event in events for text in event]
+        said: tuple[str | float, ...] = (who, status or "", before, EVENTS_KEPT, len(events), *lines, *flat(fields))
+        newest = self._held("ship", job_id, attempt, *said)
+        return None if newest == "shipped" else str(newest)
 
     def finish(
         self, job_id: str, attempt: int, status: Status, why: str, *, who: str, fields: Mapping[str, Any]
     ) -> str:
         """End an attempt and free its slots; the status it came to. Raises Superseded."""
-        came_to = self._run("finish", job_id, str(attempt), who, status, why, *_flat(fields))
-        if came_to is None:
-            raise Superseded(f"attempt {attempt} of {job_id} was given up")
-        return str(came_to)
+        return str(self._held("finish", job_id, attempt, who, status, why, *flat(fields)))
 
-    def internal(self, job_id: str, field: str) -> str | None:
-        """A field of the job system's own that `Job` does not show."""
-        value: str | None = self._redis.hget(KEYS["job"] + job_id, field)
-        return value
+    def _held(self, script_name: str, job_id: str, attempt: int, *args: str | float) -> Any:
+        answer = self._run(script_name, job_id, str(attempt), *args)
+        if answer is None:
+            raise Superseded(f"attempt {attempt} of {job_id} was given up")
+        return answer
+
+    def record(self, job_id: str) -> dict[str, str]:
+        """All fields of a job as they are stored, the job system's own among them."""
+        record: dict[str, str] = self._redis.hgetall(KEYS["job"] + job_id)
+        return record
+
+    def reassert(self, attempt: int, record: Mapping[str, str], *, who: str) -> bool:
+        """Take the job back for an attempt that Redis, restored to an older state, does not know.
+
+        `record` is the job's as the attempt found it. False where another attempt has the job, or it ended.
+        """
+        fields = [text for field in record.items() for text in field]
+        return bool(self._run("reassert", record["id"], str(attempt), who, LEASE_SECONDS, *fields))
 
     # ---- events
-
-    def append_events(self, job_id: str, attempt: int, lines: Iterable[tuple[int, str]]) -> None:
-        """Add (seq, JSON) events under ids {attempt}-{seq}; what is there already, or newer, stays."""
-        pipeline = self._redis.pipeline(transaction=False)
-        for seq, line in lines:
-            pipeline.xadd(
-                KEYS["events"] + job_id, {"event": line}, id=f"{attempt}-{seq}", maxlen=EVENTS_KEPT, approximate=True
-            )
-        for outcome in pipeline.execute(raise_on_error=False):
-            # "equal or smaller": sent before, or late from an older attempt
-            if isinstance(outcome, redis.RedisError) and "equal or smaller" not in str(outcome):
-                raise outcome
 
     def read_events(self, job_id: str, after: str = "0-0", count: int = 1000) -> list[tuple[str, str]]:
         """(id, JSON) of the events behind `after`, oldest first."""
         entries = self._redis.xrange(KEYS["events"] + job_id, f"({after}", "+", count)
         return [(entry_id, fields["event"]) for entry_id, fields in entries]
 
-    def last_event(self, job_id: str) -> tuple[int, int]:
-        """Attempt and seq of the newest event there is; (0, 0) where there is none."""
-        for entry_id, _ in self._redis.xrevrange(KEYS["events"] + job_id, count=1):
-            attempt, seq = entry_id.split("-")
-            return int(attempt), int(seq)
-        return 0, 0
-
-    async def follow_events(
-        self, job_id: str, after: str = "0-0", quiet_seconds: float = 10.0
-    ) -> AsyncIterator[tuple[str, str] | None]:
-        """(id, JSON) of events behind `after` as they come; None after each quiet time.
-
-        Ends once the job has ended and all was given, or when the job is deleted. Raises JobNotFound.
-        """
-        events, changes = KEYS["events"] + job_id, KEYS["changes"] + job_id
-        cursors: dict[str, str] = {events: after, changes: "0-0"}
-        client = redis.asyncio.Redis.from_url(
-            self._url,
-            decode_responses=True,
-            retry=AsyncRetry(NoBackoff(), 0),
-            socket_timeout=quiet_seconds + 10,
-        )
-        async with _closed_after(client):
-            if not await client.exists(KEYS["job"] + job_id):
-                raise JobNotFound(job_id)
-            ended = False
-            while True:
-                block = None if ended else int(quiet_seconds * 1000)
-                news = await client.xread(cast(Any, cursors), count=1000, block=block)
-                streams = cast("dict[str, Any] | list[Any]", news)
-                for key, entries in _by_stream(streams):
-                    for entry_id, fields in entries:
-                        cursors[key] = entry_id
-                        if key == events:
-                            yield entry_id, fields["event"]
-                        elif fields["to"] in TERMINAL_STATUSES:
-                            ended = True  # its last event is in the stream by now: read once more
-                if not news:
-                    if ended or not await client.exists(KEYS["job"] + job_id):
-                        return
-                    yield None
+    def last_event(self, job_id: str) -> str:
+        """The id of the newest event there is; "0-0" where there is none."""
+        newest = self._redis.xrevrange(KEYS["events"] + job_id, count=1)
+        return newest[0][0] if newest else "0-0"
 
     # ---- nodes and slots
 
     def register_node(self, node: Node) -> None:
         """Make a node known and live; also how its record changes."""
-        record = node.model_dump_json(exclude={"lease_until": True, "live": True, "slots": {"__all__": {"job_id"}}})
+        record = node.model_dump_json(
+            exclude={**dict.fromkeys(("schedulable", "lease_until", "live"), True), "slots": {"__all__": {"job_id"}}}
+        )
         self._redis.hset(KEYS["nodes"], node.id, record)
         self.heartbeat(node.id)
 
@@ -329,13 +342,23 @@ class Store:
 
     def retire_node(self, node_id: str) -> None:
         """End a node's lease now: nothing new is placed on it."""
-        self._redis.zadd(KEYS["node_leases"], {node_id: self._now()}, xx=True)
+        self._run("retire", node_id)
+
+    def set_schedulable(self, node_id: str, schedulable: bool) -> Node:
+        """Whether new jobs are placed on a node; those it runs go on. Raises NodeNotFound."""
+        (self._redis.srem if schedulable else self._redis.sadd)(KEYS["drained"], node_id)
+        for node in self.list_nodes():
+            if node.id == node_id:
+                return node
+        self._redis.srem(KEYS["drained"], node_id)
+        raise NodeNotFound(node_id)
 
     def list_nodes(self) -> list[Node]:
         """Every node known, live or not, by id. One not seen for an hour is forgotten."""
         now = self._now()
         leases = dict(self._redis.zrange(KEYS["node_leases"], 0, -1, withscores=True))
         records, owners = self._redis.hgetall(KEYS["nodes"]), self._redis.hgetall(KEYS["owners"])
+        drained = self._redis.smembers(KEYS["drained"])
         nodes = []
         for node_id, until in sorted(leases.items()):
             if until < now - FORGET_NODE_SECONDS:
@@ -344,7 +367,8 @@ class Store:
                 continue
             node = json.loads(records[node_id])
             node["slots"] = [slot | {"job_id": owners.get(slot["id"])} for slot in node["slots"]]
-            nodes.append(Node.model_validate(node | {"lease_until": until, "live": until > now}))
+            node |= {"schedulable": node_id not in drained, "lease_until": until, "live": until > now}
+            nodes.append(Node.model_validate(node))
         return nodes
 
     def pool_hardware(self, pool: str, device: str = "auto") -> Hardware | None:
@@ -356,6 +380,11 @@ class Store:
         slots = [hardware for hardware in slots if hardware.device == device] or slots
         return max(slots, key=lambda hardware: (hardware.device == "cuda", hardware.ranks), default=None)
 
+    def live_nodes(self, pool: str, ranks: int) -> int:
+        """How many live nodes of a pool have a slot of so many ranks."""
+        nodes = [node for node in self.list_nodes() if node.live and node.pool == pool]
+        return sum(any(slot.hardware.ranks >= ranks for slot in node.slots) for node in nodes)
+
     def _now(self) -> float:
         seconds, microseconds = self._redis.time()
         return float(seconds) + float(microseconds) / 1e6
@@ -364,7 +393,7 @@ class Store:
 
     def reserve(self, pool: str) -> int:
         """Give slots to waiting jobs, all that a job needs or none; how many jobs were placed."""
-        return int(self._run("reserve", pool, CLAIM_SECONDS, FREEZE_SECONDS))
+        return int(self._run("reserve", pool, CLAIM_SECONDS, FREEZE_SECONDS, LEASE_SECONDS))
 
     def outbox(self) -> list[Ticket]:
         """Tickets reserved and not yet handed on, oldest first."""
@@ -376,9 +405,8 @@ class Store:
                 self._redis.lrem(KEYS["outbox"], 0, text)
 
     def lose_expired(self, max_attempts: int) -> list[str]:
-        """Give up every attempt whose lease ran out; the jobs' ids."""
-        error = JobError(reason="lost", message="its worker was lost")
-        return list(self._run("lose", LEASE_SECONDS, max_attempts, "scheduler", error.model_dump_json(), "", ""))
+        """Give up every attempt of which a lease ran out; the jobs' ids."""
+        return list(self._run("lose", LEASE_SECONDS, max_attempts, "scheduler", "", "", ""))
 
     def lose(self, job_id: str, attempt: int, max_attempts: int, error: JobError, *, who: str) -> None:
         """Give up an attempt known to be dead: another one follows, or the job fails with `error`.
@@ -389,57 +417,3 @@ class Store:
 
     def doorbell(self) -> Doorbell:
         return Doorbell(self._redis.pubsub(ignore_subscribe_messages=True))
-
-
-class Doorbell:
-    """Rings when there may be something to schedule. A ring can be lost: look now and then anyway."""
-
-    def __init__(self, pubsub: Any):
-        self._pubsub = pubsub
-        pubsub.subscribe(KEYS["doorbell"])
-
-    def wait(self, seconds: float) -> bool:
-        """Whether it rang within `seconds`."""
-        rang = self._pubsub.get_message(timeout=seconds) is not None
-        while rang and self._pubsub.get_message(timeout=0) is not None:
-            pass  # several rings are one
-        return rang
-
-    def close(self) -> None:
-        self._pubsub.close()
-
-
-@asynccontextmanager
-async def _closed_after(client: redis.asyncio.Redis) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        # whoever stops following cancels every await in here; the connection is to be closed all the same
-        await asyncio.shield(client.aclose())
-
-
-def _by_stream(news: dict[str, Any] | list[Any]) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:
-    """XREAD's answer by stream: RESP3 gives a map with nested lists, RESP2 pairs."""
-    if isinstance(news, dict):
-        return [(key, [entry for part in parts for entry in part]) for key, parts in news.items()]
-    return [(key, entries) for key, entries in news]
-
-
-def _flat(fields: Mapping[str, Any]) -> list[str]:
-    """Field, value, field, value for HSET; those that are None are left as they were."""
-    return [text for field, value in fields.items() if value is not None for text in (field, _text(value))]
-
-
-def _text(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, BaseModel):
-        return value.model_dump_json()
-    return json.dumps(value)
-
-
-def _job(fields: dict[str, str], rank: int | None) -> Job:
-    decoded: dict[str, Any] = {
-        name: json.loads(text) if name in _JSON_FIELDS else text for name, text in fields.items()
-    }
-    return Job.model_validate(decoded | {"queue_position": None if rank is None else rank + 1})

@@ -2,7 +2,7 @@
 
 Guards against what RQ does to jobs of many hours, each held against the source of the pinned version:
 no timeout, no retry, no callbacks, no commands over Redis, one function that may be called, and a
-worker that outlives an absent Redis and hands a request to end on to its horse.
+worker that outlives an absent Redis and its agent, and hands a request to end on to its horse.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+import psutil
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -25,11 +28,15 @@ from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
+from gptcore.locks import exclusive, is_held
 from gptcore.procs import die_with_parent
 from worker import launch
+from worker.hold import AWAY, TICK_SECONDS, draining
 from worker.job import JobError, Slot, Ticket
+from worker.place import agent_lock, slot_lock
+from worker.processes import SLOT, kill, living
 from worker.settings import Settings
-from worker.store import Store
+from worker.store import Store, Superseded
 
 FUNCTION = "worker.launch.run"
 WORKER_SECONDS = 60  # RQ's time to live of an idle worker; it waits for work a little less
@@ -56,6 +63,7 @@ class SlotWorker(Worker):
     """Works off one slot's queue, one ticket at a time, each in a forked horse."""
 
     max_connection_wait_time = 1.0  # a minute by default: tickets would run out when Redis is back
+    alone = False  # no agent was there at the last heartbeat
 
     def subscribe(self) -> None:
         """No commands: RQ's stop kills without a checkpoint, and its thread would be forked along."""
@@ -96,16 +104,46 @@ class SlotWorker(Worker):
             self.log.warning("Redis is away, the launcher goes on: %s", error)
 
     def handle_work_horse_killed(self, job: Job, retpid: Any, ret_val: Any, rusage: Any) -> None:
-        """The launcher is dead: say so now, instead of waiting for its lease to run out."""
+        """The launcher is dead: say so once nothing of its attempt lives, instead of when its lease runs out."""
         ticket, settings = Ticket.model_validate(_named(job.args)), Settings.from_environment()
-        error = JobError(reason="lost", message=f"its launcher was killed (wait status {ret_val})")
+        message = f"its launcher was killed (wait status {ret_val})"
         store = Store.connect(settings.redis_url)
-        store.lose(ticket.job_id, ticket.attempt, settings.max_attempts, error, who=ticket.slot)
+
+        def hold() -> None:
+            with suppress(*AWAY, Superseded):
+                store.renew(ticket.job_id, ticket.attempt, ticket.node_rank)
+
+        clear_slot(ticket.slot, settings, meanwhile=hold)
+        error = JobError(reason="launcher_lost", message=message)
+        if ticket.node_rank == 0:
+            store.lose(ticket.job_id, ticket.attempt, settings.max_attempts, error, who=ticket.slot)
+        else:
+            store.leave(ticket.job_id, ticket.attempt, ticket.node_rank, f"slot {ticket.slot}: {message}")
         store.close()
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """Also ends a worker that waits for work while no agent has been there since it last looked."""
+        super().heartbeat(timeout, pipeline)
+        if os.getpid() == self.pid and self.horse_pid == 0 and not is_held(agent_lock(Settings.from_environment())):
+            if self.alone:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.alone = True
+        else:
+            self.alone = False
+
+
+def clear_slot(slot: str, settings: Settings, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Wait until no trainer lives in the slot; the kernel told it that its launcher died. Kills after the grace."""
+    kill_at = time.monotonic() + settings.grace_seconds
+    while left := list(living(**{SLOT: slot})):
+        meanwhile()
+        if time.monotonic() > kill_at:
+            kill(*left)
+        time.sleep(TICK_SECONDS)
 
 
 def _drain(signum: int, frame: FrameType | None) -> None:
-    launch.draining.set()
+    draining.set()
 
 
 def _named(args: Any) -> dict[str, Any]:
@@ -134,24 +172,40 @@ def hand_over(ticket: Ticket, connection: redis.Redis) -> None:
         return
 
 
-def main(slot: Slot, agent_pid: int) -> None:
-    """Serve a slot until told to end, or until the agent is gone."""
-    die_with_parent(signal.SIGTERM, agent_pid)
-    if sys.platform == "linux":
-        os.sched_setaffinity(0, slot.cores)
-    # nvidia-smi counts along the PCI bus; CUDA's own default puts the fastest first
-    os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, slot.gpus))}
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    worker = SlotWorker(
-        [slot.id],
-        name=f"{slot.id}-{uuid.uuid4().hex}",  # RQ takes a dead worker's name for a living one
-        connection=connect(Settings.from_environment()),
-        serializer=JSONSerializer,
-        job_class=TicketJob,
-        worker_ttl=WORKER_SECONDS,
-    )
-    worker.work(logging_level="WARNING")
+def serving(settings: Settings, slot: Slot) -> psutil.Process | None:
+    """The process that serves this very slot, whoever started it."""
+    lock = slot_lock(settings, slot.id)
+    if not lock.exists() or not is_held(lock):
+        return None
+    pid, _, record = lock.read_text().partition("\n")
+    if not pid.isdecimal() or not psutil.pid_exists(int(pid)) or record != slot.model_dump_json():
+        return None
+    return psutil.Process(int(pid))
+
+
+def main(slot: Slot) -> None:
+    """Serve a slot until told to end. A former worker's launcher that is still at it comes first."""
+    settings = Settings.from_environment()
+    lock = slot_lock(settings, slot.id)
+    lock.parent.mkdir(exist_ok=True)
+    with exclusive(lock):
+        lock.write_text(f"{os.getpid()}\n{slot.model_dump_json()}")
+        clear_slot(slot.id, settings)
+        if sys.platform == "linux":
+            os.sched_setaffinity(0, slot.cores)
+        # nvidia-smi counts along the PCI bus; CUDA's own default puts the fastest first
+        os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, slot.gpus))}
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        worker = SlotWorker(
+            [slot.id],
+            name=f"{slot.id}-{uuid.uuid4().hex}",  # RQ takes a dead worker's name for a living one
+            connection=connect(settings),
+            serializer=JSONSerializer,
+            job_class=TicketJob,
+            worker_ttl=WORKER_SECONDS,
+        )
+        worker.work(logging_level="WARNING")
 
 
 if __name__ == "__main__":
-    main(Slot.model_validate_json(sys.argv[1]), int(sys.argv[2]))
+    main(Slot.model_validate_json(sys.argv[1]))

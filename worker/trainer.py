@@ -6,30 +6,51 @@ import os
 import shlex
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from gptcore.spec import PrepareSpec, TrainSpec
+from worker.job import Ticket
 from worker.settings import Settings
 
 # the job system's, none of a trainer's business
 _PRIVATE = ("TRAINMASTER_REDIS_URL", "TRAINMASTER_TRAINER")
 
 
-def command(spec: TrainSpec | PrepareSpec, settings: Settings, run_dir: Path, attempt: int) -> list[str]:
-    arguments = [str(run_dir), "--attempt", str(attempt)]
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of an attempt meet: on its first node."""
+
+    address: str
+    port: int
+
+    def text(self) -> str:
+        return f"{self.address} {self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        address, port = text.split()
+        return cls(address, int(port))
+
+
+def command(
+    spec: TrainSpec | PrepareSpec, settings: Settings, run_dir: Path, ticket: Ticket, meeting: Meeting
+) -> list[str]:
+    arguments = [str(run_dir), "--attempt", str(ticket.attempt)]
     if settings.trainer:
-        return [*shlex.split(settings.trainer), *arguments]
+        return [*shlex.split(settings.trainer), *arguments, "--node-rank", str(ticket.node_rank)]
     if isinstance(spec, PrepareSpec):
         return [sys.executable, "-m", "gptcore.prepare", *arguments]
     # max-restarts 0: another attempt is the job system's to make, with a checkpoint and a new number
     torchrun = {
-        "nnodes": 1,
+        "nnodes": spec.resources.nodes,
         "nproc-per-node": spec.resources.ranks_per_node,
         "max-restarts": 0,
         "rdzv-backend": "static",
-        "node-rank": 0,
-        "master-addr": "127.0.0.1",
-        "master-port": _free_port(),
+        "node-rank": ticket.node_rank,
+        "master-addr": meeting.address,
+        "master-port": meeting.port,
     }
     options = [f"--{name}={value}" for name, value in torchrun.items()]
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "gptcore.train", *arguments]
@@ -53,8 +74,8 @@ def slot_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def _free_port() -> int:
-    """For the ranks to meet. Another process may take it first; then the attempt fails and the next gets another."""
+def free_port() -> int:
+    """Another process may take it first; then the attempt fails and the next gets another."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -86,7 +86,7 @@ class FakeRun:
         assert self._store.claim(ticket, "boot")
         self._store.report(self.id, self.number, {}, status="running")
         self._attempt = self._dir.claim_attempt(self.number)
-        self._report, self._offset = JsonlReport(self._attempt.events, self.number), 0
+        self._report, self._shipped = JsonlReport(self._attempt.events, self.number), 0
 
     def write(self, *events: EventBase, ship: bool = True) -> None:
         """Append events to the attempt's file and, as a launcher would, to the store."""
@@ -94,10 +94,10 @@ class FakeRun:
         for event in events:
             self._report(event)
         if ship:
-            new = list(read_lines(self._attempt.events, self._offset))
-            seq = len(list(read_lines(self._attempt.events))) - len(new)
-            self._store.append_events(self.id, self.number, [(seq + i, line) for i, (_, line) in enumerate(new, 1)])
-            self._offset = new[-1][0]
+            lines = [line for _, line in read_lines(self._attempt.events)]
+            new = [(f"{self.number}-{seq}", line) for seq, line in enumerate(lines, 1)][self._shipped :]
+            self._store.ship(self.id, self.number, self._store.last_event(self.id), new, {})
+            self._shipped = len(lines)
 
     def report(self, **fields: Any) -> None:
         """Set fields of the job, as a launcher does from events."""

@@ -77,7 +77,6 @@ BAD = {
         "/resources/device",
         ["device cuda", "use cpu or auto"],
     ),
-    "several nodes": (train_spec(resources={"nodes": 2}), "/resources/nodes", ["nodes 2", "use 1"]),
     "an unknown preset": (
         train_spec(model={"preset": "lama-tiny"}),
         "/model/preset",

@@ -132,7 +132,7 @@ def test_an_event_of_an_unknown_type_does_not_stop_a_stream(
 ) -> None:
     """A newer trainer may report what this server does not know yet."""
     run = new_run()
-    store.append_events(run.id, 1, [(1, '{"type": "novel", "attempt": 1, "seq": 1}')])
+    store.ship(run.id, run.number, "0-0", [("1-1", '{"type": "novel", "attempt": 1, "seq": 1}')], {})
     run.end()
     with stream(http, f"/jobs/{run.id}/events") as messages:
         assert [message.event for message in messages] == ["novel", "end"]

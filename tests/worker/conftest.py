@@ -15,6 +15,7 @@ import pytest
 
 from gptcore.plan import Hardware
 from gptcore.procs import die_with_parent
+from worker import processes
 from worker.job import Node, Slot, Ticket
 from worker.settings import Settings
 from worker.store import Store
@@ -60,6 +61,11 @@ def start(store: Store, job_id: str) -> Ticket:
     assert store.claim(ticket, "boot")
     store.report(job_id, ticket.attempt, {}, status="running")
     return ticket
+
+
+def living(job_id: str) -> list[psutil.Process]:
+    """The processes of all attempts at a job."""
+    return list(processes.living(**{processes.JOB: job_id}))
 
 
 class Worker:

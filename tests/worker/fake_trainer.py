@@ -11,7 +11,7 @@ from pathlib import Path
 from gptcore import events
 from gptcore.locks import shared
 from gptcore.procs import die_with_parent
-from gptcore.rundir import RunDir
+from gptcore.rundir import Attempt, RunDir
 from gptcore.spec import TrainSpec, read_spec
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
@@ -30,12 +30,27 @@ def step_event(step: int) -> events.Step:
     )
 
 
+def follow(attempt: Attempt, labels: dict[str, str], rank: int) -> None:
+    """A further node's ranks: they end when the first one's do."""
+    for _ in range(3000):
+        if labels.get("member_dies", "") >= str(attempt.number):
+            sys.exit(1)
+        last = list(events.read_events(attempt.events))[-1:] if attempt.events.exists() else []
+        if last and isinstance(last[0], events.TERMINAL):
+            return
+        time.sleep(0.02)
+
+
 def main() -> None:
     die_with_parent()
     run, number = RunDir(Path(sys.argv[1])), int(sys.argv[3])
     spec = read_spec(run.spec)
     assert isinstance(spec, TrainSpec)
     attempt, labels = run.attempt(number), spec.labels
+    if (rank := int(sys.argv[5])) > 0:
+        with shared(attempt.lock):
+            follow(attempt, labels, rank)
+        return
     told = []
     signal.signal(signal.SIGTERM, lambda *_: told.append("pause"))
     report = events.JsonlReport(attempt.events, number)

@@ -23,9 +23,8 @@ from gptcore.rundir import RunDir
 from gptcore.sources import text_files
 from gptcore.spec import TrainSpec, parse_spec
 from tests.conftest import wait_until
-from tests.worker.conftest import Worker, train_spec
+from tests.worker.conftest import Worker, living, train_spec
 from worker.job import Job
-from worker.processes import living
 from worker.settings import Settings
 from worker.store import Store
 

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from rq import Queue
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
-from gptcore.events import Finished, JsonlReport, parse_event, read_lines
+from gptcore.events import Finished, JsonlReport, Notice, parse_event, read_lines
 from gptcore.rundir import RunDir
 from gptcore.spec import parse_spec
 from tests.conftest import wait_until
-from tests.worker.conftest import Worker, node, start, train_spec
+from tests.worker.conftest import Worker, living, node, start, train_spec
 from worker.job import Job, JobError
-from worker.processes import living
+from worker.keys import KEYS
 from worker.settings import Settings
 from worker.store import Store
 from worker.tasks import FUNCTION, TicketJob
@@ -234,14 +235,43 @@ def test_a_killed_slot_worker_takes_its_launcher_along_and_is_started_again(
     assert shipped(store, job_id) == written(fake, job_id)
 
 
-def test_a_killed_agent_takes_its_workers_along_and_loses_no_job(
+def test_a_killed_agent_harms_no_run_and_the_next_one_takes_over(
     store: Store, fake: Settings, start_worker: StartWorker
 ) -> None:
     worker = start_worker(fake)
     job_id = submit_long(store)
     at_step(store, job_id, 3)
-    assert worker.stop(signal.SIGKILL) == []
-    assert store.get_job(job_id).status == "queued"
+    launcher = horse(job_id)
+    worker.process.kill()
+    worker.process.wait(5)
+    at_step(store, job_id, store.get_job(job_id).step + 20)
+    worker.start()
+    wait_until(lambda: "goes on" in worker.log())
+    at_step(store, job_id, store.get_job(job_id).step + 20)
+    assert (store.get_job(job_id).attempt, horse(job_id)) == (1, launcher)
+    store.request_cancel(job_id)
+    assert ended(store, job_id).status == "cancelled"
+    assert ended(store, submit(store)).status == "succeeded"  # by the same worker
+    assert "is started again" not in worker.log()
+
+
+def test_an_agent_ends_what_a_former_life_left_in_slots_that_are_no_more(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    worker = start_worker(replace(fake, slots="0,1"))
+    jobs = [submit_long(store) for _ in range(2)]
+    for job_id in jobs:
+        at_step(store, job_id, 3)
+    worker.process.kill()
+    worker.process.wait(5)
+    worker.settings = fake  # one slot with both cores: neither of the two that there were
+    worker.start()
+    found = [(1, "queued"), (2, "running")]
+    wait_until(lambda: sorted((job.attempt, job.status) for job in map(store.get_job, jobs)) == found)
+    assert "is of another life" in worker.log()
+    for job_id in jobs:
+        store.request_cancel(job_id)
+        assert ended(store, job_id).status == "cancelled"
 
 
 def test_training_goes_on_while_redis_is_away(
@@ -306,4 +336,90 @@ def test_a_second_worker_on_the_same_home_is_refused(store: Store, fake: Setting
     wait_until(store.list_nodes)
     second = start_worker(fake)
     assert second.process.wait(10) == 1
-    assert "another worker runs on" in second.log()
+    assert f"as node {wait_until(store.list_nodes)[0].id}" in second.log()
+
+
+def test_a_paused_job_saves_itself_waits_and_goes_on(store: Store, fake: Settings, start_worker: StartWorker) -> None:
+    start_worker(fake)
+    job_id = submit_long(store)
+    at_step(store, job_id, 3)
+    assert store.request_pause(job_id).status == "pausing"
+    wait_until(lambda: store.get_job(job_id).status == "paused")
+    assert living(job_id) == [] and '"reason":"pause"' in shipped(store, job_id)[-1]
+    assert ended(store, submit(store)).status == "succeeded"  # its slot is free
+    store.resume(job_id)
+    wait_until(lambda: store.get_job(job_id).attempt == 2)
+    at_step(store, job_id, 3)
+    store.request_cancel(job_id)
+    assert ended(store, job_id).status == "cancelled"
+
+
+def test_an_older_state_of_redis_takes_nothing_from_a_run(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    """As after a restore from a backup: the job's record and stream are those of before the run, or are gone."""
+    start_worker(fake)
+    job_id = submit_long(store)
+    at_step(store, job_id, 5)
+    for forgotten in ("events", "job", "leases", "owners", "changes"):
+        store._redis.delete(KEYS[forgotten] + (job_id if forgotten in ("events", "job", "changes") else ""))
+    wait_until(lambda: store.list_jobs().data and store.get_job(job_id).status == "running")
+    at_step(store, job_id, store.get_job(job_id).step + 20)
+    assert store.get_job(job_id).attempt == 1
+    assert statuses(store, job_id) == ["running"]
+    store.request_cancel(job_id)
+    assert ended(store, job_id).status == "cancelled"
+    assert shipped(store, job_id) == written(fake, job_id)
+
+
+def test_an_attempt_that_redis_would_make_again_gets_the_next_number(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    job_id = submit_long(store)
+    run_dir = RunDir(fake.runs / job_id)
+    for _ in range(3):
+        report = JsonlReport(run_dir.claim_attempt().events, len(run_dir.attempts()))
+        report(Notice(message="from a time that Redis forgot"))
+        report.close()
+    start_worker(fake)
+    at_step(store, job_id, 3)
+    assert store.get_job(job_id).attempt == 4
+    assert "in a history that Redis forgot" in [c.why for c in store.status_changes(job_id)][2]
+    store.request_cancel(job_id)
+    assert ended(store, job_id).status == "cancelled"
+    assert shipped(store, job_id) == written(fake, job_id) and "a time that" in shipped(store, job_id)[2]
+
+
+def test_another_jobs_run_directory_is_left_alone(store: Store, fake: Settings, start_worker: StartWorker) -> None:
+    start_worker(fake)
+    first = ended(store, submit(store))
+    store.request_pause(second := submit_long(store))
+    (fake.runs / second).symlink_to(fake.runs / first.id)
+    before = written(fake, first.id)
+    store.resume(second)
+    job = ended(store, second)
+    assert job.error is not None and job.error.reason == "foreign_run_dir"
+    assert f"is the run directory of {first.id}; move it away" in job.error.message
+    assert written(fake, first.id) == before
+
+
+def test_a_spec_changed_in_redis_does_not_change_a_run(store: Store, fake: Settings, start_worker: StartWorker) -> None:
+    start_worker(fake)
+    job_id = submit(store, dies="1")
+    wait_until(lambda: store.get_job(job_id).attempt == 1 and (fake.runs / job_id / "spec.json").exists())
+    changed = train_spec(max_steps=99)
+    store._redis.hset(KEYS["job"] + job_id, "spec", parse_spec(changed).model_dump_json())
+    assert ended(store, job_id).step == 12
+    assert "the spec in Redis was changed" in "".join(shipped(store, job_id))
+    assert shipped(store, job_id) == written(fake, job_id)
+
+
+def test_a_stop_file_of_an_earlier_attempt_stops_no_later_one(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(fake)
+    job_id = submit(store, dies="1")
+    wait_until(lambda: store.get_job(job_id).attempt == 1 and RunDir(fake.runs / job_id).attempt(1).path.exists())
+    RunDir(fake.runs / job_id).attempt(1).stop.write_text("cancel")
+    job = ended(store, job_id)
+    assert (job.status, job.step) == ("succeeded", 12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,19 @@ import redis
 
 from gptcore.spec import parse_spec
 from tests.worker.conftest import node, start, train_spec
-from worker.job import TRANSITIONS, JobError, new_job_id
+from worker.follow import follow_events
+from worker.job import TRANSITIONS, JobError, Status, new_job_id
 from worker.keys import KEYS
-from worker.store import BadCursor, IdempotencyConflict, JobNotFound, Store, Superseded
+from worker.store import (
+    LEASE_SECONDS,
+    BadCursor,
+    IdempotencyConflict,
+    JobNotFound,
+    NodeNotFound,
+    NotPossible,
+    Store,
+    Superseded,
+)
 
 
 def submit(store: Store, **changes: Any) -> str:
@@ -223,30 +234,36 @@ def test_a_status_moves_only_where_the_table_allows(store: Store) -> None:
     assert set(TRANSITIONS) == {end for ends in TRANSITIONS.values() for end in ends}
 
 
-def test_a_repeated_event_is_one_event_and_a_late_one_is_stale(store: Store) -> None:
-    store.append_events("job-x", 1, [(1, "a"), (2, "b")])
-    store.append_events("job-x", 1, [(1, "a"), (2, "b"), (3, "c")])
-    store.append_events("job-x", 2, [(1, "d")])
-    store.append_events("job-x", 1, [(4, "late")])
-    assert store.read_events("job-x") == [("1-1", "a"), ("1-2", "b"), ("1-3", "c"), ("2-1", "d")]
-    assert store.read_events("job-x", after="1-3") == [("2-1", "d")]
+def test_a_repeated_event_is_one_event_and_a_gap_is_refused(store: Store) -> None:
+    store.register_node(node("a", 1))
+    job_id = submit(store)
+    start(store, job_id)
+    first = [("1-1", "a"), ("1-2", "b")]
+    assert store.ship(job_id, 1, "0-0", first, {}) is None
+    assert store.ship(job_id, 1, "0-0", [*first, ("1-3", "c")], {"step": 3}) is None
+    assert store.ship(job_id, 1, "1-7", [("1-8", "h")], {"step": 8}) == "1-3"  # 1-4 to 1-7 are not there
+    assert store.ship(job_id, 1, "1-3", [("2-1", "d")], {}) is None
+    assert store.ship(job_id, 1, "1-3", [("1-4", "late")], {}) is None
+    assert store.read_events(job_id) == [*first, ("1-3", "c"), ("2-1", "d")]
+    assert store.read_events(job_id, after="1-3") == [("2-1", "d")]
+    assert store.get_job(job_id).step == 3
 
 
 def test_a_follower_gets_every_event_and_ends_with_the_job(store: Store) -> None:
     store.register_node(node("a", 1))
     job_id = submit(store)
     start(store, job_id)
-    store.append_events(job_id, 1, [(1, "one"), (2, "two")])
+    store.ship(job_id, 1, "0-0", [("1-1", "one"), ("1-2", "two")], {})
 
     def write() -> None:
         for seq in range(3, 50):
-            store.append_events(job_id, 1, [(seq, str(seq))])
+            store.ship(job_id, 1, f"1-{seq - 1}", [(f"1-{seq}", str(seq))], {})
         time.sleep(0.3)  # longer than the follower's quiet time
-        store.append_events(job_id, 1, [(50, "last")])
+        store.ship(job_id, 1, "1-49", [("1-50", "last")], {})
         store.finish(job_id, 1, "succeeded", "", who="t", fields={})
 
     async def follow() -> list[tuple[str, str] | None]:
-        return [item async for item in store.follow_events(job_id, "1-1", quiet_seconds=0.1)]
+        return [item async for item in follow_events(store.url, job_id, "1-1", quiet_seconds=0.1)]
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -259,7 +276,7 @@ def test_a_follower_gets_every_event_and_ends_with_the_job(store: Store) -> None
 
 def test_following_an_unknown_job_is_refused(store: Store) -> None:
     async def follow() -> None:
-        async for _ in store.follow_events("job-none"):
+        async for _ in follow_events(store.url, "job-none"):
             pass
 
     with pytest.raises(JobNotFound):
@@ -286,3 +303,187 @@ def test_a_dead_node_gets_no_job_and_offers_no_hardware(store: Store) -> None:
     assert store.reserve("default") == 0
     assert store.pool_hardware("default") is None
     assert [n.live for n in store.list_nodes()] == [False]
+
+
+def test_a_waiting_job_says_what_it_needs_and_since_when(store: Store) -> None:
+    store.register_node(node("a", 1, 2))
+    wide, first, second = submit(store, resources={"nodes": 2}), submit(store), submit(store)
+    store.reserve("default")
+    reasons = [store.get_job(job_id).status_reason for job_id in (wide, first, second)]
+    assert re.fullmatch(r"needs a slot on each of 2 nodes of pool default, 1 live since \d\d:\d\d UTC", reasons[0])
+    third = submit(store, resources={"ranks_per_node": 2})
+    store.reserve("default")
+    reason = store.get_job(third).status_reason
+    assert re.fullmatch(r"needs a slot with 2 ranks of pool default, 0 free since \d\d:\d\d UTC", reason)
+    store._redis.hset(KEYS["job"] + third, "status_reason", reason[:-9] + "01:02 UTC")
+    store.reserve("default")
+    assert store.get_job(third).status_reason.endswith("since 01:02 UTC")  # nothing changed since then
+
+
+def test_nothing_is_placed_or_given_up_until_every_lease_had_its_period(store: Store) -> None:
+    store.register_node(node("a", 1, 1))
+    running, waiting = submit(store), submit(store)
+    store._redis.hset(KEYS["job"] + waiting, "not_before", store._now() + 1000)
+    start(store, running)
+    store._redis.hdel(KEYS["job"] + waiting, "not_before")
+    for jump in (-3600, 3600):  # Redis was away or frozen; or its clock went back
+        store._redis.set(KEYS["tick"], store._now() + jump)
+        store._redis.zadd(KEYS["leases"], {running: store._now() + jump})
+        assert store.reserve("default") == 0 and store.lose_expired(max_attempts=3) == []
+        assert 0 < store._redis.zscore(KEYS["leases"], running) - store._now() <= LEASE_SECONDS
+    store._redis.delete(KEYS["hold"])
+    assert store.reserve("default") == 1
+
+
+def test_the_last_node_to_leave_leaves_nothing_to_wait_for(store: Store) -> None:
+    store.register_node(node("a", 1))
+    store.reserve("default")
+    assert store._redis.exists(KEYS["tick"])
+    store.retire_node("a")
+    assert not store._redis.exists(KEYS["tick"])
+
+
+def test_what_failed_twice_waits_before_it_is_tried_again(store: Store) -> None:
+    store.register_node(node("a", 1))
+    job_id = submit(store)
+    for expected in (1, 0):  # at once the first time
+        ticket = start(store, job_id)
+        store.lose(job_id, ticket.attempt, 9, JobError(reason="exited", message="it died"), who="t")
+        if not expected:
+            assert store.get_job(job_id).status_reason == "attempt 2: it died, tried again in 4 s"
+            assert store.reserve("default") == 0
+    store._redis.hset(KEYS["job"] + job_id, "not_before", store._now() - 1)
+    assert store.reserve("default") == 1
+
+
+def test_a_lost_node_and_a_lost_launcher_are_told_apart(store: Store) -> None:
+    for name, reason in (("dead", "node dead was lost"), ("alive", "its launcher on node alive was lost")):
+        store.register_node(node(name, 1))
+        job_id = submit(store)
+        start(store, job_id)
+        if name == "dead":
+            store.retire_node(name)
+        let_leases_run_out(store)
+        assert store.lose_expired(max_attempts=3) == [job_id]
+        assert store.get_job(job_id).status_reason == f"attempt 1: {reason}"
+        store.request_cancel(job_id)
+
+
+def test_a_member_that_is_silent_ends_the_attempt_and_is_named(store: Store) -> None:
+    for name in "ab":
+        store.register_node(node(name, 1))
+    job_id = submit(store, resources={"nodes": 2})
+    assert store.reserve("default") == 1
+    first, second = store.outbox()
+    assert store.claim(first, "boot")
+    store._redis.zadd(KEYS["members"], {f"{job_id}/1": 1.0})
+    assert store.lose_expired(max_attempts=1) == [job_id]  # it never began: no failure of the job's
+    assert store.get_job(job_id).status_reason == "no worker of node b took attempt 1"
+    assert store.reserve("default") == 1
+    first, second = store.outbox()[-2:]
+    assert store.claim(first, "boot") and store.claim(second, "boot") and store.claim(second, "boot")
+    assert not store.claim(second, "another")
+    assert store.members_left(job_id) == [f"{job_id}/1"]
+    store.leave(job_id, 2, 1, "slot b-0: torchrun ended with 1")
+    assert store.members_left(job_id) == []
+    assert store.renew(job_id, 2) == "broken: slot b-0: torchrun ended with 1"
+    store.lose(job_id, 2, 1, JobError(reason="exited", message="it broke"), who="t")
+    assert store.get_job(job_id).status == "failed"
+    assert [slot.job_id for n in store.list_nodes() for slot in n.slots] == [None, None]
+
+
+def test_a_paused_job_waits_and_a_resumed_one_is_queued_again(store: Store) -> None:
+    store.register_node(node("a", 1))
+    waiting, running = submit(store), submit(store, resources={"priority": 1})
+    start(store, running)
+    assert store.request_pause(waiting).status == "paused" and store.request_pause(waiting).status == "paused"
+    assert store.request_pause(running).status == "pausing" and store.renew(running, 1) == "pause"
+    with pytest.raises(NotPossible, match="resume it once it is paused"):
+        store.resume(running)
+    assert store.finish(running, 1, "queued", "drained", who="t", fields={}) == "paused"
+    assert store.reserve("default") == 0
+    for _ in range(2):
+        assert store.resume(waiting).status == "queued"
+    assert store.reserve("default") == 1
+    assert store.request_cancel(running).status == "cancelled"
+    for ask in (store.request_pause, store.resume):
+        with pytest.raises(NotPossible, match="is cancelled"):
+            ask(running)
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
+def test_a_child_waits_for_its_parent_and_shares_a_bad_end(store: Store, end: Status) -> None:
+    store.register_node(node("a", 1))
+    spec = parse_spec(train_spec())
+    parent = store.create_job(spec, None, children=[spec])[0].id
+    (child,) = [job.id for job in store.list_jobs().data if job.parent_job_id == parent]
+    grandchild = store.create_job(spec, None, parent_job_id=child)[0].id
+    paused = store.create_job(spec, None, parent_job_id=parent)[0].id
+    store.request_pause(paused)
+    assert (store.get_job(child).status_reason, store.get_job(child).queue_position) == (f"waits for {parent}", None)
+    ticket = start(store, parent)
+    assert store.reserve("default") == 0
+    if end == "cancelled":
+        store.request_cancel(parent)
+    store.finish(parent, ticket.attempt, end, "", who="t", fields={})
+    late = store.create_job(spec, None, parent_job_id=parent)[0]
+    if end == "succeeded":
+        assert [store.get_job(j).status for j in (child, grandchild, paused)] == ["queued", "queued", "paused"]
+        assert (store.get_job(child).queue_position, late.queue_position) == (1, 2)
+        assert store.get_job(grandchild).queue_position is None
+        store.resume(paused)
+        assert store.get_job(paused).queue_position is not None
+    else:
+        assert {store.get_job(j).status for j in (child, grandchild, paused, late.id)} == {"cancelled"}
+        assert store.get_job(child).status_reason.startswith(f"its parent {parent} ")
+
+
+def test_a_drained_node_takes_no_new_job(store: Store) -> None:
+    store.register_node(node("a", 1))
+    submit(store)
+    assert store.set_schedulable("a", False).schedulable is False
+    store.register_node(node("a", 1))  # its agent's next heartbeat
+    assert store.reserve("default") == 0
+    assert store.set_schedulable("a", True).schedulable is True
+    assert store.reserve("default") == 1
+    with pytest.raises(NodeNotFound):
+        store.set_schedulable("b", False)
+
+
+def test_a_run_goes_on_where_its_files_are(store: Store) -> None:
+    store.register_node(node("a", 1).model_copy(update={"runs_root": "one"}))
+    job_id = submit(store)
+    store.reserve("default")
+    (ticket,) = store.outbox()
+    assert store.claim(ticket, "boot", "one")
+    store.lose(job_id, 1, 3, JobError(reason="exited", message="it died"), who="t")
+    store.retire_node("a")
+    store.register_node(node("b", 1).model_copy(update={"runs_root": "two"}))
+    assert store.reserve("default") == 0
+    assert "with its run directory" in store.get_job(job_id).status_reason
+    wide = submit(store, resources={"nodes": 2})
+    store.register_node(node("c", 1).model_copy(update={"runs_root": "one"}))
+    assert store.reserve("default") == 1
+    assert store.get_job(job_id).nodes[0].node == "c" and store.get_job(wide).status == "queued"
+
+
+@pytest.mark.parametrize("forgotten", ["the attempt", "the job"])
+def test_an_attempt_that_redis_forgot_is_asserted_again(store: Store, forgotten: str) -> None:
+    store.register_node(node("a", 1))
+    job_id = submit(store)
+    before = store._redis.dump(KEYS["job"] + job_id) if forgotten == "the attempt" else None
+    start(store, job_id)
+    record = store.record(job_id)
+    for key in (KEYS["job"] + job_id, KEYS["leases"], KEYS["owners"], KEYS["events"] + job_id):
+        store._redis.delete(key)
+    if before is not None:
+        store._redis.restore(KEYS["job"] + job_id, 0, before)
+    with pytest.raises(Superseded):
+        store.renew(job_id, 1)
+    assert store.reassert(1, record, who="a-0")
+    assert store.renew(job_id, 1) == ""
+    job = store.get_job(job_id)
+    assert (job.status, job.attempt, store.list_nodes()[0].slots[0].job_id) == ("running", 1, job_id)
+    assert store.list_jobs().data[0].id == job_id
+    store.lose(job_id, 1, 3, JobError(reason="exited", message="it died"), who="t")
+    assert not store.reassert(1, record, who="a-0")  # superseded, not forgotten

@@ -1,11 +1,17 @@
--- id, attempt, node rank, boot, lease seconds → claimed | refused. A ticket starts once, and never a stopped job.
-local id, attempt, rank, boot, lease = unpack(ARGV)
+-- id, attempt, node rank, boot, runs root, lease seconds → claimed | refused. A ticket starts once, and never a
+-- stopped job; the same claimer may ask again. The run's files lie in that runs root from now on.
+local id, attempt, rank, boot, root, lease = unpack(ARGV)
 local job = K.job .. id
 local status, desired = unpack(redis.call('HMGET', job, 'status', 'desired'))
 if not holds(id, attempt) or desired or (status ~= 'starting' and status ~= 'running') then return 'refused' end
-if redis.call('HSETNX', job, 'claim:' .. attempt .. ':' .. rank, boot) == 0 then return 'refused' end
+local claim = 'claim:' .. attempt .. ':' .. rank
+if redis.call('HSETNX', job, claim, boot) == 0 and redis.call('HGET', job, claim) ~= boot then return 'refused' end
 local time = now()
-redis.call('HSET', job, 'claimed', attempt)
-redis.call('HSETNX', job, 'started_at', stamp(time))
-redis.call('ZADD', K.leases, time + lease, id)
+if rank == '0' then
+  redis.call('HSETNX', job, 'started_at', stamp(time))
+  if root ~= '' then redis.call('HSETNX', job, 'root', root) end
+  redis.call('ZADD', K.leases, time + lease, id)
+else
+  redis.call('ZADD', K.members, time + lease, id .. '/' .. rank)
+end
 return 'claimed'

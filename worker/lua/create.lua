@@ -1,22 +1,39 @@
--- id, idempotency key or '', sha256 of the body, then the job's fields → {created|replayed|conflict|taken, id}
-local id, key, sha = ARGV[1], ARGV[2], ARGV[3]
+-- idempotency key or '', sha256 of the body, then jobs as JSON {id, parent or '', fields}: the first and its children
+-- → {created|replayed|conflict|taken, id}. A job whose parent has not ended waits for it outside the queue.
+local key, sha = ARGV[1], ARGV[2]
+local first = cjson.decode(ARGV[3])
 if key ~= '' then
   local held, body = unpack(redis.call('HMGET', K.idempotency .. key, 'job', 'sha256'))
   if held and redis.call('EXISTS', K.job .. held) == 1 then
     return {body == sha and 'replayed' or 'conflict', held}
   end
 end
-if redis.call('EXISTS', K.job .. id) == 1 then return {'taken', id} end
+for index = 3, #ARGV do
+  if redis.call('EXISTS', K.job .. cjson.decode(ARGV[index]).id) == 1 then return {'taken', first.id} end
+end
 
-local time, number = stamp(now()), redis.call('INCR', K.number)
-redis.call('HSET', K.job .. id, 'id', id, 'number', number, 'status', 'queued', 'attempt', 0, 'created_at', time,
-  unpack(ARGV, 4))
-redis.call('XADD', K.changes .. id, '*', 'time', time, 'from', '', 'to', 'queued', 'who', 'api', 'why', 'submitted')
-redis.call('ZADD', K.jobs, number, id)
-enqueue(id)
+for index = 3, #ARGV do
+  local made = cjson.decode(ARGV[index])
+  local id, job, time = made.id, K.job .. made.id, stamp(now())
+  local number = redis.call('INCR', K.number)
+  redis.call('HSET', job, 'id', id, 'number', number, 'status', 'queued', 'attempt', 0, 'created_at', time,
+    'queued_at', time, unpack(made.fields))
+  redis.call('XADD', K.changes .. id, '*', 'time', time, 'from', '', 'to', 'queued', 'who', 'api', 'why', 'submitted')
+  redis.call('ZADD', K.jobs, number, id)
+  local parent = made.parent ~= '' and redis.call('HGET', K.job .. made.parent, 'status')
+  if made.parent ~= '' then redis.call('HSET', job, 'parent_job_id', made.parent) end
+  if not parent or parent == 'succeeded' then
+    enqueue(id)
+  elseif TERMINAL[parent] then
+    move(id, 'cancelled', 'scheduler', 'its parent ' .. made.parent .. ' is ' .. parent)
+  else
+    redis.call('SADD', K.children .. made.parent, id)
+    redis.call('HSET', job, 'waits_for', made.parent, 'status_reason', 'waits for ' .. made.parent)
+  end
+end
 if key ~= '' then
-  redis.call('HSET', K.idempotency .. key, 'job', id, 'sha256', sha)
+  redis.call('HSET', K.idempotency .. key, 'job', first.id, 'sha256', sha)
   redis.call('EXPIRE', K.idempotency .. key, 86400)
 end
 ring()
-return {'created', id}
+return {'created', first.id}

@@ -1,31 +1,50 @@
 -- lease seconds, attempts lost in a row that end a job, who, error as JSON, id and attempt or '' ''
 -- → ids of the attempts given up. With an id: that launcher or trainer is known to be dead.
--- Without: every attempt whose lease ran out.
+-- Without: every attempt of which a lease ran out, the error made here.
 local lease, most, who, failure, only, attempt = tonumber(ARGV[1]), tonumber(ARGV[2]), unpack(ARGV, 3)
-local time, lost = now(), {}
-if only ~= '' then
-  if holds(only, attempt) then lost = {only} end
-else
-  -- nobody looked for a while: Redis or every agent was away, so launchers get a full period to renew
-  local last = tonumber(redis.call('GET', K.tick) or time)
-  redis.call('SET', K.tick, stamp(time))
-  if time - last > lease / 2 then
-    for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.leases, '-inf', time + lease)) do
-      redis.call('ZADD', K.leases, time + lease, id)
-    end
+local time, lost, order = now(), {}, {}
+
+local function expired(id, rank)
+  if lost[id] then return end
+  local current, nodes = unpack(redis.call('HMGET', K.job .. id, 'attempt', 'nodes'))
+  local node = '?'
+  for _, allocation in ipairs(cjson.decode(nodes or '[]')) do
+    if allocation.node_rank == rank then node = allocation.node end
   end
-  lost = redis.call('ZRANGEBYSCORE', K.leases, '-inf', time)
+  local alive = tonumber(redis.call('ZSCORE', K.node_leases, node) or 0) > time
+  if redis.call('HEXISTS', K.job .. id, 'claim:' .. current .. ':' .. rank) == 0 then
+    lost[id] = {unclaimed = 'no worker of node ' .. node .. ' took attempt ' .. current}
+  elseif alive then
+    lost[id] = {reason = 'launcher_lost', message = 'its launcher on node ' .. node .. ' was lost'}
+  else
+    lost[id] = {reason = 'node_lost', message = 'node ' .. node .. ' was lost'}
+  end
+  table.insert(order, id)
 end
 
-for _, id in ipairs(lost) do
-  local job = K.job .. id
-  local current, claimed = unpack(redis.call('HMGET', job, 'attempt', 'claimed'))
-  if claimed ~= current then
-    conclude(id, 'recovering', who, 'no worker took attempt ' .. current)
+if only ~= '' then
+  if holds(only, attempt) then order, lost[only] = {only}, cjson.decode(failure) end
+elseif settled(lease) then
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.leases, '-inf', time)) do expired(id, 0) end
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', K.members, '-inf', time)) do
+    local id, rank = string.match(member, '^(.*)/(%d+)$')
+    expired(id, tonumber(rank))
+  end
+end
+
+for _, id in ipairs(order) do
+  local job, why = K.job .. id, lost[id]
+  local current = redis.call('HGET', job, 'attempt')
+  if why.unclaimed then
+    conclude(id, 'recovering', who, why.unclaimed)
   else
-    local failures, why = redis.call('HINCRBY', job, 'failures', 1), cjson.decode(failure)
+    local failures = redis.call('HINCRBY', job, 'failures', 1)
     if failures < most then
-      conclude(id, 'recovering', who, 'attempt ' .. current .. ': ' .. why.message)
+      -- the first time at once; what fails again and again must not keep a node busy with failing
+      local pause = failures > 1 and math.min(60, 2 ^ failures) or 0
+      redis.call('HSET', job, 'not_before', stamp(time + pause))
+      local later = pause > 0 and ', tried again in ' .. pause .. ' s' or ''
+      conclude(id, 'recovering', who, 'attempt ' .. current .. ': ' .. why.message .. later)
     elseif conclude(id, 'failed', who, why.reason) == 'failed' then
       if most > 1 then why.message = why.message .. ', ' .. failures .. ' times in a row without a new checkpoint' end
       if why.log and #why.log == 0 then why.log = nil end  -- an empty list would be written as a map
@@ -33,4 +52,4 @@ for _, id in ipairs(lost) do
     end
   end
 end
-return lost
+return order

@@ -1,33 +1,45 @@
--- pool, seconds to claim a ticket, seconds after which a waiting job freezes its pool → number of jobs placed.
--- A job gets all its slots or none: nothing is ever held while waiting for more.
-local pool, claim_seconds, freeze_seconds = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local time, nodes = now(), {}
+-- pool, seconds to claim a ticket, seconds after which a waiting job freezes its pool, lease seconds
+-- → number of jobs placed. A job gets all its slots or none: nothing is ever held while waiting for more.
+local pool, claim_seconds, freeze_seconds, lease = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+if not settled(lease) then return 0 end
+local time, nodes, roots, any_free = now(), {}, {}, false
 for _, node_id in ipairs(redis.call('ZRANGEBYSCORE', K.node_leases, time, '+inf')) do
   local node = cjson.decode(redis.call('HGET', K.nodes, node_id))
-  if node.pool == pool and node.schedulable then
-    local free = {}
-    for _, slot in ipairs(node.slots) do
-      if redis.call('HEXISTS', K.owners, slot.id) == 0 then table.insert(free, slot) end
-    end
+  if node.pool == pool and redis.call('SISMEMBER', K.drained, node_id) == 0 then
     -- the smallest that fits is taken first, so that large slots stay whole
-    table.sort(free, function(a, b) return a.hardware.ranks < b.hardware.ranks end)
-    if #free > 0 then table.insert(nodes, {id = node_id, free = free}) end
+    table.sort(node.slots, function(a, b) return a.hardware.ranks < b.hardware.ranks end)
+    node.free = {}
+    for _, slot in ipairs(node.slots) do
+      if redis.call('HEXISTS', K.owners, slot.id) == 0 then table.insert(node.free, slot) end
+    end
+    any_free = any_free or #node.free > 0
+    if not roots[node.runs_root] then table.insert(roots, node.runs_root) end
+    roots[node.runs_root] = true
+    table.insert(nodes, node)
   end
 end
 
-local function fitting(node, ranks, device)
-  for index, slot in ipairs(node.free) do
-    if slot.hardware.ranks >= ranks and (device == 'auto' or device == slot.hardware.device) then return index end
+local function fitting(slots, job)
+  for index, slot in ipairs(slots) do
+    if slot.hardware.ranks >= job.ranks and (job.device == 'auto' or job.device == slot.hardware.device) then
+      return index
+    end
   end
 end
 
-local function place(id, wanted, ranks, device)
-  local picks = {}
-  for _, node in ipairs(nodes) do
-    local index = #picks < wanted and fitting(node, ranks, device)
-    if index then table.insert(picks, {node = node, index = index}) end
+-- A slot on each of as many nodes as the job wants, all of one runs root: its own, once it has files there.
+local function picks_for(job)
+  for _, root in ipairs(job.root and {job.root} or roots) do
+    local picks = {}
+    for _, node in ipairs(nodes) do
+      local index = node.runs_root == root and #picks < job.wanted and fitting(node.free, job)
+      if index then table.insert(picks, {node = node, index = index}) end
+    end
+    if #picks == job.wanted then return picks end
   end
-  if #picks < wanted then return false end
+end
+
+local function place(id, picks)
   local attempt = redis.call('HINCRBY', K.job .. id, 'attempt', 1)
   local allocations = {}
   for rank, pick in ipairs(picks) do
@@ -36,22 +48,51 @@ local function place(id, wanted, ranks, device)
     table.insert(allocations, {node = pick.node.id, slot = slot.id, node_rank = rank - 1})
     redis.call('RPUSH', K.outbox,
       cjson.encode({job_id = id, attempt = attempt, node_rank = rank - 1, slot = slot.id}))
+    if rank > 1 then redis.call('ZADD', K.members, time + claim_seconds, id .. '/' .. rank - 1) end
   end
   move(id, 'starting', 'scheduler', '')
   redis.call('HSET', K.job .. id, 'nodes', cjson.encode(allocations))
   redis.call('ZADD', K.leases, time + claim_seconds, id)
   redis.call('ZREM', K.queue .. pool, id)
-  return true
 end
 
+-- Says on a waiting job what it waits for, and since when that many were free.
+local function explain(id, job)
+  local free, live, elsewhere = 0, 0, 0
+  for _, node in ipairs(nodes) do
+    if job.root and job.root ~= node.runs_root then
+      elsewhere = elsewhere + 1
+    else
+      if fitting(node.free, job) then free = free + 1 end
+      if fitting(node.slots, job) then live = live + 1 end
+    end
+  end
+  local slots = job.wanted == 1 and 'needs a slot' or 'needs a slot on each of ' .. job.wanted .. ' nodes'
+  local ranks = job.ranks > 1 and ' with ' .. job.ranks .. ' ranks' or ''
+  local why = slots .. ranks .. ' of pool ' .. pool .. ', ' .. free .. ' free'
+  if live < job.wanted then why = slots .. ranks .. ' of pool ' .. pool .. ', ' .. live .. ' live' end
+  if elsewhere > 0 and live < job.wanted then why = why .. ' with its run directory' end
+  if string.sub(job.reason, 1, #why + 7) ~= why .. ' since ' then
+    local clock = string.format('%02d:%02d', math.floor(time / 3600) % 24, math.floor(time / 60) % 60)
+    redis.call('HSET', K.job .. id, 'status_reason', why .. ' since ' .. clock .. ' UTC')
+  end
+end
+
+-- where nothing is free, those next in line still learn why they wait
 local placed = 0
-for _, id in ipairs(#nodes > 0 and redis.call('ZRANGE', K.queue .. pool, 0, -1) or {}) do
-  local wanted, ranks, device, queued_at =
-    unpack(redis.call('HMGET', K.job .. id, 'wanted_nodes', 'wanted_ranks', 'wanted_device', 'queued_at'))
-  if place(id, tonumber(wanted), tonumber(ranks), device) then
-    placed = placed + 1
-  elseif time - queued_at > freeze_seconds then
-    break
+for _, id in ipairs(redis.call('ZRANGE', K.queue .. pool, 0, any_free and -1 or 49)) do
+  local wanted, ranks, device, queued_at, root, not_before, reason = unpack(redis.call('HMGET', K.job .. id,
+    'wanted_nodes', 'wanted_ranks', 'wanted_device', 'queued_at', 'root', 'not_before', 'status_reason'))
+  local job = {wanted = tonumber(wanted), ranks = tonumber(ranks), device = device, root = root, reason = reason or ''}
+  if tonumber(not_before or 0) <= time then
+    local picks = picks_for(job)
+    if picks then
+      place(id, picks)
+      placed = placed + 1
+    else
+      explain(id, job)
+      if time - queued_at > freeze_seconds then break end
+    end
   end
 end
 return placed

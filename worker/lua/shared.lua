@@ -10,16 +10,23 @@ local function stamp(time) return string.format('%.6f', time) end
 
 local function ring() redis.call('PUBLISH', K.doorbell, '') end
 
--- Changes a job's status and says so in its stream; false where the table forbids it.
-local function move(id, to, who, why)
-  local job = K.job .. id
-  local from = redis.call('HGET', job, 'status')
-  if not (from and ALLOWED[from][to]) then return false end
-  local time = stamp(now())
-  redis.call('HSET', job, 'status', to, 'status_reason', why)
-  if TERMINAL[to] then redis.call('HSET', job, 'finished_at', time) end
-  redis.call('XADD', K.changes .. id, '*', 'time', time, 'from', from, 'to', to, 'who', who, 'why', why)
-  return true
+-- Whether leases mean something now. After a gap in which no agent looked (Redis or all of them away or
+-- frozen, a clock that jumped, an older state restored) every lease gets a full period, and until it is
+-- over nothing is given up and nothing placed: whoever still runs says so first.
+local function settled(lease)
+  local time = now()
+  local last = tonumber(redis.call('GET', K.tick) or time)
+  if math.abs(time - last) > 1 or time == last then redis.call('SET', K.tick, stamp(time)) end
+  if math.abs(time - last) > lease / 2 then
+    redis.call('SET', K.hold, stamp(time + lease))
+    for _, zset in ipairs({K.leases, K.members}) do
+      for _, holder in ipairs(redis.call('ZRANGE', zset, 0, -1)) do redis.call('ZADD', zset, time + lease, holder) end
+    end
+    for _, node in ipairs(redis.call('ZRANGEBYSCORE', K.node_leases, time + lease, '+inf')) do
+      redis.call('ZADD', K.node_leases, time + lease, node)
+    end
+  end
+  return time >= tonumber(redis.call('GET', K.hold) or 0)
 end
 
 -- Puts a job into its pool's queue: higher priority first, then lower number.
@@ -27,6 +34,32 @@ local function enqueue(id)
   local pool, priority, number = unpack(redis.call('HMGET', K.job .. id, 'pool', 'priority', 'number'))
   redis.call('ZADD', K.queue .. pool, number - priority * 2 ^ 40, id)
   redis.call('HSET', K.job .. id, 'queued_at', stamp(now()))
+end
+
+-- Changes a job's status and says so in its stream; false where the table forbids it. Jobs that wait for
+-- one that ended are queued, or cancelled with it.
+local move
+function move(id, to, who, why)
+  local job = K.job .. id
+  local from = redis.call('HGET', job, 'status')
+  if not (from and ALLOWED[from][to]) then return false end
+  local time = stamp(now())
+  redis.call('HSET', job, 'status', to, 'status_reason', why)
+  redis.call('XADD', K.changes .. id, '*', 'time', time, 'from', from, 'to', to, 'who', who, 'why', why)
+  if TERMINAL[to] then
+    redis.call('HSET', job, 'finished_at', time)
+    for _, child in ipairs(redis.call('SMEMBERS', K.children .. id)) do
+      redis.call('HDEL', K.job .. child, 'waits_for')
+      if to ~= 'succeeded' then
+        move(child, 'cancelled', 'scheduler', 'its parent ' .. id .. ' ' .. (to == 'failed' and 'failed' or 'was cancelled'))
+      elseif redis.call('HGET', K.job .. child, 'status') == 'queued' then
+        redis.call('HSET', K.job .. child, 'status_reason', '')
+        enqueue(child)
+      end
+    end
+    redis.call('DEL', K.children .. id)
+  end
+  return true
 end
 
 -- Is this attempt the one that holds the job's lease? Everything a launcher writes asks first.
@@ -43,9 +76,10 @@ local function conclude(id, to, who, why)
   if not move(id, to, who, why) then return redis.error_reply('REFUSED ' .. status .. ' to ' .. to) end
   redis.call('ZREM', K.leases, id)
   for _, allocation in ipairs(cjson.decode(nodes)) do
+    redis.call('ZREM', K.members, id .. '/' .. allocation.node_rank)
     if redis.call('HGET', K.owners, allocation.slot) == id then redis.call('HDEL', K.owners, allocation.slot) end
   end
-  redis.call('HDEL', job, 'desired', 'eta_seconds', 'phase')
+  redis.call('HDEL', job, 'desired', 'eta_seconds', 'phase', 'rendezvous', 'over', 'broken')
   if to == 'queued' or to == 'recovering' then enqueue(id) end
   ring()
   return to

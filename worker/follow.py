@@ -1,0 +1,68 @@
+"""A job's events as they come: the store's streams, followed without holding a thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from worker.job import TERMINAL_STATUSES
+from worker.keys import KEYS
+from worker.store import JobNotFound
+
+
+async def follow_events(
+    url: str, job_id: str, after: str = "0-0", quiet_seconds: float = 10.0
+) -> AsyncIterator[tuple[str, str] | None]:
+    """(id, JSON) of events behind `after` as they come; None after each quiet time.
+
+    Ends once the job has ended and all was given, or when the job is deleted. Raises JobNotFound.
+    """
+    events_key, changes = KEYS["events"] + job_id, KEYS["changes"] + job_id
+    cursors: dict[str, str] = {events_key: after, changes: "0-0"}
+    client = redis.asyncio.Redis.from_url(
+        url,
+        decode_responses=True,
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=quiet_seconds + 10,
+    )
+    async with _closed_after(client):
+        if not await client.exists(KEYS["job"] + job_id):
+            raise JobNotFound(job_id)
+        ended = False
+        while True:
+            block = None if ended else int(quiet_seconds * 1000)
+            news = await client.xread(cast(Any, cursors), count=1000, block=block)
+            streams = cast("dict[str, Any] | list[Any]", news)
+            for key, entries in _by_stream(streams):
+                for entry_id, fields in entries:
+                    cursors[key] = entry_id
+                    if key == events_key:
+                        yield entry_id, fields["event"]
+                    elif fields["to"] in TERMINAL_STATUSES:
+                        ended = True  # its last event is in the stream by now: read once more
+            if not news:
+                if ended or not await client.exists(KEYS["job"] + job_id):
+                    return
+                yield None
+
+
+@asynccontextmanager
+async def _closed_after(client: redis.asyncio.Redis) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        # whoever stops following cancels every await in here; the connection is to be closed all the same
+        await asyncio.shield(client.aclose())
+
+
+def _by_stream(news: dict[str, Any] | list[Any]) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:
+    """XREAD's answer by stream: RESP3 gives a map with nested lists, RESP2 pairs."""
+    if isinstance(news, dict):
+        return [(key, [entry for part in parts for entry in part]) for key, parts in news.items()]
+    return [(key, entries) for key, entries in news]

@@ -1,0 +1,29 @@
+-- id, holder, who, status or '', id of the event before, most to keep, number of events, then id and JSON of each,
+-- then fields → 'shipped'; the newest id there is where it is older than the event before (an older state was
+-- restored: ship from there again); false when another attempt has the job. Events there already are passed over.
+local id, holder, who, to, before, most, count = unpack(ARGV)
+if not holds(id, holder) then return false end
+
+local function split(event)
+  local attempt, seq = string.match(event, '^(%d+)-(%d+)$')
+  return tonumber(attempt), tonumber(seq)
+end
+local function newer(one, other)
+  local attempt, seq = split(one)
+  local attempt2, seq2 = split(other)
+  return attempt > attempt2 or (attempt == attempt2 and seq > seq2)
+end
+
+local found = redis.call('XREVRANGE', K.events .. id, '+', '-', 'COUNT', 1)[1]
+local newest = found and found[1] or '0-0'
+if newer(before, newest) then return newest end
+local behind = 7 + 2 * tonumber(count)
+for index = 8, behind, 2 do
+  if newer(ARGV[index], newest) then
+    redis.call('XADD', K.events .. id, 'MAXLEN', '~', most, ARGV[index], 'event', ARGV[index + 1])
+  end
+end
+-- a status that the table forbids now (someone asked to cancel meanwhile) is passed over
+if to ~= '' then move(id, to, who, '') end
+if #ARGV > behind then redis.call('HSET', K.job .. id, unpack(ARGV, behind + 1)) end
+return 'shipped'

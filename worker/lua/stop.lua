@@ -1,0 +1,20 @@
+-- id, who, cancel | pause → the status after; nil for no such job. Nothing running: at once; else `desired` is set.
+local id, who, word = unpack(ARGV)
+local ending, ended = 'cancelling', 'cancelled'
+if word == 'pause' then ending, ended = 'pausing', 'paused' end
+local job = K.job .. id
+local status, pool, attempt = unpack(redis.call('HMGET', job, 'status', 'pool', 'attempt'))
+if not status then return false end
+if TERMINAL[status] or status == ending or status == ended or status == 'cancelling' then return status end
+local early = ended .. ' before it started'
+if status == 'starting' and redis.call('HEXISTS', job, 'claim:' .. attempt .. ':0') == 0 then
+  return conclude(id, ended, who, early)  -- its ticket can no longer be claimed
+end
+if move(id, ending, who, word .. ' requested') then
+  redis.call('HSET', job, 'desired', word)
+  ring()
+  return ending
+end
+redis.call('ZREM', K.queue .. pool, id)
+move(id, ended, who, status == 'queued' and attempt == '0' and early or word .. ' requested')
+return ended

@@ -1,0 +1,102 @@
+"""A further node's part in an attempt: torchrun beside the first node's, and nothing said of the job.
+
+The first node's launcher speaks for the attempt. A member holds a lease of its own, which names its node
+when it is lost, and leaves only once nothing of its part lives.
+"""
+
+from __future__ import annotations
+
+import time
+
+from gptcore.locks import shared
+from gptcore.rundir import RunDir, write_atomically
+from gptcore.spec import read_spec
+from worker import processes, trainer
+from worker.hold import TICK_SECONDS, Hold, draining
+from worker.settings import Settings
+from worker.store import LEASE_SECONDS, Superseded
+
+# for a part whose other parts are gone: its ranks wait for theirs in vain
+BROKEN_SECONDS = 3.0
+
+
+class Member:
+    def __init__(self, settings: Settings, hold: Hold):
+        self._settings = settings
+        self._hold = hold
+        self._ticket = hold.ticket
+        self._attempt = RunDir(settings.runs / hold.ticket.job_id).attempt(hold.ticket.attempt)
+        self._held_at = time.monotonic()
+
+    def run(self) -> None:
+        """Raises Superseded once nothing of this part lives, where the attempt was given up meanwhile."""
+        broke = ""
+        if self._clear_slot() and (meeting := self._await_meeting()):
+            processes.sign(self._attempt.path, self._ticket.node_rank)
+            with shared(self._attempt.lock):
+                broke = self._train(meeting)
+        ticket = self._ticket
+        self._hold.insist(lambda: self._hold.store.leave(ticket.job_id, ticket.attempt, ticket.node_rank, broke))
+
+    def _clear_slot(self) -> bool:
+        """Wait until nothing of another attempt lives in this slot; false when the attempt is over already."""
+        kill_at = time.monotonic() + self._settings.grace_seconds
+        while left := processes.leftovers(self._ticket):
+            if self._over():
+                return False
+            if time.monotonic() > kill_at:
+                processes.kill(*left)
+            time.sleep(TICK_SECONDS)
+        return True
+
+    def _await_meeting(self) -> str:
+        """Where the ranks meet, once the first node says so; empty when the attempt is over before that."""
+        while not self._over():
+            record = self._hold.insist(lambda: self._hold.store.record(self._ticket.job_id))
+            if meeting := record.get("rendezvous", ""):
+                return meeting
+            time.sleep(TICK_SECONDS)
+        return ""
+
+    def _train(self, meeting: str) -> str:
+        """Run this node's ranks to their end; why they broke, where they did."""
+        run_dir = self._attempt.path.parents[1]
+        spec = read_spec(run_dir / "spec.json")
+        tree = processes.Tree(
+            trainer.command(spec, self._settings, run_dir, self._ticket, trainer.Meeting.parse(meeting)),
+            self._ticket,
+            trainer.environment(spec, self._settings),
+            run_dir,
+            self._attempt.log.with_stem(f"train-{self._ticket.node_rank}"),
+            self._settings.grace_seconds,
+        )
+        over = False
+        while tree.alive():
+            try:
+                if self._over():
+                    over = True
+                    tree.end_within(BROKEN_SECONDS)
+            except Superseded:
+                over = True
+                tree.end_within(BROKEN_SECONDS)
+            if draining.is_set() and not self._attempt.stop.exists():
+                write_atomically(self._attempt.stop, "pause")  # for all: the first rank reads it
+                tree.end_within(self._settings.grace_seconds)
+            time.sleep(TICK_SECONDS)
+        if over or tree.returncode == 0 or self._attempt.stop.exists():
+            return ""
+        return f"node rank {self._ticket.node_rank} in slot {self._ticket.slot}: torchrun ended with {tree.returncode}"
+
+    def _over(self) -> bool:
+        """Whether the first node's part has ended. Raises Superseded, but not for one moment's word.
+
+        Redis may have come back without the attempt: the first node's launcher asserts it, for all.
+        """
+        try:
+            word = self._hold.renew()
+        except Superseded:
+            if time.monotonic() > self._held_at + LEASE_SECONDS / 2:
+                raise
+            return False
+        self._held_at = time.monotonic()
+        return word == "over"

@@ -1,0 +1,56 @@
+"""A job as it is stored: a flat hash of texts, JSON where a field has parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from gptcore.plan import Plan
+from gptcore.spec import PrepareSpec, TrainSpec
+from worker.job import Job
+
+# fields of the job's hash that hold JSON; the others are plain text, which Pydantic reads
+_JSON_FIELDS = ("labels", "nodes", "spec", "plan", "best_checkpoint", "published", "error")
+
+
+def new_record(job_id: str, parent: str | None, spec: TrainSpec | PrepareSpec, plan: Plan | None) -> dict[str, Any]:
+    """A new job as create.lua takes it."""
+    asked = spec.resources
+    trains = isinstance(spec, TrainSpec)  # all else takes one core of one node, whatever the spec asks for
+    fields = {
+        "kind": spec.kind,
+        "name": spec.name,
+        "labels": spec.labels,
+        "spec": spec.model_dump(mode="json"),
+        "plan": plan,
+        "total_steps": spec.max_steps if isinstance(spec, TrainSpec) else None,
+        "pool": asked.pool,
+        "priority": asked.priority,
+        "wanted_nodes": asked.nodes if trains else 1,
+        "wanted_ranks": asked.ranks_per_node if trains else 1,
+        "wanted_device": asked.device if trains else "auto",
+    }
+    return {"id": job_id, "parent": parent or "", "fields": flat(fields)}
+
+
+def flat(fields: Mapping[str, Any]) -> list[str]:
+    """Field, value, field, value for HSET; those that are None are left as they were."""
+    return [text for field, value in fields.items() if value is not None for text in (field, _text(value))]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, BaseModel):
+        return value.model_dump_json()
+    return json.dumps(value)
+
+
+def job_of(fields: dict[str, str], rank: int | None) -> Job:
+    decoded: dict[str, Any] = {
+        name: json.loads(text) if name in _JSON_FIELDS else text for name, text in fields.items()
+    }
+    return Job.model_validate(decoded | {"queue_position": None if rank is None else rank + 1})
