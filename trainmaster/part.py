@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,6 +42,7 @@ class Part:
         self._log_start = log.stat().st_size if log is not None and log.exists() else 0
         self._stop_seconds = stop_seconds
         parent = os.getpid()
+        self.started_at = time.monotonic()
         with ExitStack() as files:
             output = files.enter_context(log.open("ab")) if log is not None else None
             self._process = subprocess.Popen(
@@ -58,6 +60,9 @@ class Part:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def check(self) -> None:
         """Raises PartFailed when the process has ended."""

@@ -26,6 +26,7 @@ from worker.settings import Settings
 
 START_SECONDS = 60.0
 POLL_SECONDS = 0.1
+RESTART_SECONDS = 5.0  # a worker that ends sooner would end again
 STOP_MARGIN_SECONDS = 15.0  # over the grace that a running job has to write a checkpoint
 
 
@@ -76,8 +77,14 @@ class Stack:
         self.close()
 
     def check(self) -> None:
-        """Raises PartFailed when a part has ended. Takes over what another stack of this home let go."""
+        """Raises PartFailed when a part has ended. Takes over what another stack of this home let go.
+
+        A worker's agent that ended after it was up is started again: its jobs go on meanwhile.
+        """
         self._reap_orphans()
+        for part in list(self._parts):
+            if part.name == "worker" and part.ended() and time.monotonic() - part.started_at > RESTART_SECONDS:
+                self._parts.remove(part)
         for part in self._parts:
             part.check()
         self._take_redis()

@@ -25,6 +25,7 @@ KEYS = {
     "node_leases": "trainmaster:node_leases",  # zset: node id by its lease's end
     "drained": "trainmaster:drained",  # set of node ids that take no new job
     "owners": "trainmaster:owners",  # hash: slot id to the job that has it
+    "deaf": "trainmaster:deaf",  # zset: slot id by until when it gets no job, its worker having taken none
     "outbox": "trainmaster:outbox",  # list of tickets reserved but not yet handed to RQ
     "tick": "trainmaster:tick",  # when an agent last looked for lost attempts
     "hold": "trainmaster:hold",  # until when nothing is given up or placed, after a gap in looking

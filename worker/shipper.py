@@ -9,7 +9,7 @@ from gptcore.events import Finished, parse_event, read_lines
 from gptcore.rundir import Attempt, RunDir
 from worker.job import Status
 from worker.progress import Progress
-from worker.store import Store
+from worker.store import Store, Superseded
 
 BATCH_EVENTS = 500
 
@@ -62,6 +62,8 @@ class Shipper:
         return True
 
     def _begin(self, known: str) -> None:
+        if _pair(known)[0] > self._holder:
+            raise Superseded(f"attempt {self._holder} of {self._job_id} was given up: {known} is there")
         self._known = known
         numbers = range(max(1, _pair(known)[0]), self._holder + 1)
         self._attempts = [self._run_dir.attempt(number) for number in numbers]

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.trainmaster.conftest import Start, line, processes_of, run
 from trainmaster import Client
+from trainmaster.stack import RESTART_SECONDS
 
 StartUp = Callable[[], tuple[subprocess.Popen[str], Client]]
 DEMO = json.loads((Path(__file__).parents[2] / "examples" / "demo.json").read_text())
@@ -124,9 +126,7 @@ def test_a_part_that_dies_ends_the_stack_and_its_log_says_why(start_up: StartUp,
 
 
 @pytest.mark.slow
-def test_a_killed_worker_and_a_trainer_that_hangs_are_no_more_when_the_stack_has_ended(
-    start_up: StartUp, home: Path
-) -> None:
+def test_a_killed_worker_is_started_again_and_a_trainer_that_hangs_is_killed(start_up: StartUp, home: Path) -> None:
     up, client = start_up()
     job_id = client.submit({**TINY, "max_steps": 1_000_000})["id"]
     wait_until(running(client, job_id), 60)
@@ -134,13 +134,17 @@ def test_a_killed_worker_and_a_trainer_that_hangs_are_no_more_when_the_stack_has
     trainers = [p for p, line in by_module if "gptcore.train" in line]  # torchrun and its rank
     workers = [p for p, line in by_module if "worker.agent" in line or "worker.tasks" in line]
     assert len(trainers) == 2 and len(workers) == 3
+    (agent,) = [p for p, line in by_module if "worker.agent" in line]
+    wait_until(lambda: time.time() - agent.create_time() > RESTART_SECONDS)
     for process in trainers:
         process.suspend()
     for process in workers:
         process.kill()
-    said = up.communicate(timeout=30)[0]
-    assert up.returncode == 1 and "worker ended by SIGKILL" in said
-    wait_until(lambda: not processes_of(home), 1)
+    wait_until(lambda: client.job(job_id)["attempt"] == 2 and client.job(job_id)["status"] == "running", 60)
+    assert not any(process.is_running() for process in trainers)
+    up.send_signal(signal.SIGINT)
+    up.communicate(timeout=30)
+    assert up.returncode == 0 and not processes_of(home)
 
 
 def test_a_taken_port_is_named(home: Path) -> None:

@@ -2,17 +2,18 @@
 -- → ids of the attempts given up. With an id: that launcher or trainer is known to be dead.
 -- Without: every attempt of which a lease ran out, the error made here.
 local lease, most, who, failure, only, attempt = tonumber(ARGV[1]), tonumber(ARGV[2]), unpack(ARGV, 3)
-local time, lost, order = now(), {}, {}
+local time, lost, order, deaf_seconds = now(), {}, {}, 5
 
 local function expired(id, rank)
   if lost[id] then return end
   local current, nodes = unpack(redis.call('HMGET', K.job .. id, 'attempt', 'nodes'))
-  local node = '?'
+  local node, slot = '?', '?'
   for _, allocation in ipairs(cjson.decode(nodes or '[]')) do
-    if allocation.node_rank == rank then node = allocation.node end
+    if allocation.node_rank == rank then node, slot = allocation.node, allocation.slot end
   end
   local alive = tonumber(redis.call('ZSCORE', K.node_leases, node) or 0) > time
   if redis.call('HEXISTS', K.job .. id, 'claim:' .. current .. ':' .. rank) == 0 then
+    redis.call('ZADD', K.deaf, time + deaf_seconds, slot)  -- another slot may hear better
     lost[id] = {unclaimed = 'no worker of node ' .. node .. ' took attempt ' .. current}
   elseif alive then
     lost[id] = {reason = 'launcher_lost', message = 'its launcher on node ' .. node .. ' was lost'}

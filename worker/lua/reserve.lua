@@ -10,7 +10,8 @@ for _, node_id in ipairs(redis.call('ZRANGEBYSCORE', K.node_leases, time, '+inf'
     table.sort(node.slots, function(a, b) return a.hardware.ranks < b.hardware.ranks end)
     node.free = {}
     for _, slot in ipairs(node.slots) do
-      if redis.call('HEXISTS', K.owners, slot.id) == 0 then table.insert(node.free, slot) end
+      local deaf = tonumber(redis.call('ZSCORE', K.deaf, slot.id) or 0) > time
+      if redis.call('HEXISTS', K.owners, slot.id) == 0 and not deaf then table.insert(node.free, slot) end
     end
     any_free = any_free or #node.free > 0
     if not roots[node.runs_root] then table.insert(roots, node.runs_root) end
