@@ -175,6 +175,38 @@ def test_cancelling_again_changes_nothing(http: httpx2.Client, new_run: Callable
     assert first.json() == second.json()
 
 
+def test_a_job_is_paused_and_resumed_and_what_is_not_possible_says_why(
+    http: httpx2.Client, new_run: Callable[..., FakeRun]
+) -> None:
+    waiting = http.post("/jobs", json=train_spec()).json()["id"]
+    assert [http.post(f"/jobs/{waiting}/pause").json()["status"] for _ in range(2)] == ["paused"] * 2
+    assert [http.post(f"/jobs/{waiting}/resume").json()["status"] for _ in range(2)] == ["queued"] * 2
+    http.post(f"/jobs/{waiting}/cancel")
+    run = new_run()
+    assert http.post(f"/jobs/{run.id}/pause").json()["status"] == "pausing"
+    too_early = http.post(f"/jobs/{run.id}/resume")
+    assert (too_early.status_code, too_early.json()["code"]) == (409, "not_possible")
+    assert too_early.json()["detail"] == f"{run.id} is pausing; resume it once it is paused"
+    for action in ("pause", "resume"):
+        assert http.post(f"/jobs/{waiting}/{action}").status_code == 409
+        assert http.post(f"/jobs/job-none/{action}").json()["code"] == "job_not_found"
+
+
+def test_a_job_wider_than_its_pool_is_accepted_with_a_warning(http: httpx2.Client, store: Store) -> None:
+    store.register_node(node(2))
+    planned = http.post("/jobs/plan", json=train_spec(resources={"nodes": 2, "ranks_per_node": 2})).json()
+    assert planned["plan"]["world_size"] == 4
+    assert "pool default has 1 live nodes of 2; the job waits until more join" in planned["plan"]["warnings"]
+
+
+def test_a_node_is_drained_and_used_again(http: httpx2.Client, store: Store) -> None:
+    store.register_node(node(1))
+    assert http.patch("/workers/node", json={"schedulable": False}).json()["schedulable"] is False
+    assert http.get("/workers").json()[0]["schedulable"] is False
+    assert http.patch("/workers/node", json={"schedulable": True}).json()["schedulable"] is True
+    assert http.patch("/workers/none", json={"schedulable": True}).json()["code"] == "worker_not_found"
+
+
 def test_datasets_presets_and_workers_say_what_a_spec_may_name(http: httpx2.Client, store: Store) -> None:
     store.register_node(node(2, 1))
     assert {"llama-tiny", "gpt2-124m"} <= http.get("/presets").json().keys()

@@ -83,6 +83,7 @@ def test_muon_on_two_ranks_follows_one(train: Trainers) -> None:
 
 
 KILLS = int(os.environ.get("KILLS", "2"))  # of one run; more take longer
+LONG_ONLY = [pytest.mark.slow, pytest.mark.skipif(KILLS < 10, reason="minutes of compiling; KILLS=10 runs it")]
 # long enough that a kill comes before the end, with steps between the checkpoints
 LONG: dict[str, Any] = {
     "max_steps": 130 + 60 * KILLS,
@@ -110,6 +111,8 @@ def kill_at_random(train: Trainers, run: RunDir, ranks: int, kills: int, draw: r
         pytest.param(2, "muon", False, marks=pytest.mark.slow),
         pytest.param(4, "adamw", False, marks=pytest.mark.slow),
         pytest.param(2, "muon", True, marks=pytest.mark.slow),
+        pytest.param(1, "adamw", True, marks=LONG_ONLY),
+        pytest.param(4, "muon", True, marks=LONG_ONLY),
     ],
 )
 def test_a_killed_run_resumes_bit_for_bit(train: Trainers, ranks: int, optimizer: str, compiled: bool) -> None:

@@ -76,6 +76,8 @@ def test_a_job_goes_through_the_stack_by_command(start_up: StartUp, home: Path, 
     refused = run("submit", "-", *url, stdin=json.dumps({**TINY, "tokens_per_step": 100}))
     assert refused.returncode == 1
     assert refused.stderr.startswith("/tokens_per_step: tokens_per_step 100 is not a multiple")
+    too_late = run("pause", job_id, *url)
+    assert too_late.returncode == 1 and f"{job_id} is succeeded; only a job that waits or runs" in too_late.stderr
     missing = run("cancel", "job-000000000000", *url)
     assert missing.returncode == 1 and "job-000000000000" in missing.stderr
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from worker.hardware import find_slots, gpus
+from worker.hardware import GpuMemory, find_slots, gpus
+from worker.place import node_address, runs_root_id
 from worker.settings import Settings
 from worker.trainer import slot_cores
 
@@ -59,6 +61,19 @@ def test_gpus_become_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_slots(HOME, "n")[0].hardware.device == "cpu"
 
 
+def test_an_attempt_ends_when_the_gpus_memory_is_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi says 900 MiB at first, then much more as if a process had just died, and 900 again after a while."""
+    (tmp_path / "nvidia-smi").write_text(
+        f"#!/bin/sh\necho x >> {tmp_path}/asked\n"
+        f"case $(wc -l < {tmp_path}/asked) in [23]) echo 70000;; *) echo 900;; esac\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    GpuMemory().await_return()
+    assert (tmp_path / "asked").read_text() == "x\n" * 4
+
+
 def test_a_wish_for_gpus_where_there_are_none_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="no GPU"):
@@ -66,14 +81,35 @@ def test_a_wish_for_gpus_where_there_are_none_is_refused(monkeypatch: pytest.Mon
 
 
 def test_settings_survive_the_way_through_an_environment() -> None:
-    settings = replace(HOME, pool="gpus", slots="0", grace_seconds=3.5, max_attempts=7, trainer="a b")
+    settings = replace(
+        HOME, pool="gpus", slots="0", node="n", address="10.0.0.7", grace_seconds=3.5, max_attempts=7, trainer="a b"
+    )
     assert Settings.from_environment(settings.to_environment()) == settings
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("TRAINMASTER_DEVICE", "tpu"), ("TRAINMASTER_GRACE_SECONDS", "-1"), ("TRAINMASTER_MAX_ATTEMPTS", "x")],
+    [
+        ("TRAINMASTER_DEVICE", "tpu"),
+        ("TRAINMASTER_GRACE_SECONDS", "-1"),
+        ("TRAINMASTER_MAX_ATTEMPTS", "x"),
+        ("TRAINMASTER_NODE", "../up"),
+    ],
 )
 def test_a_bad_variable_is_named(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{name} '{value}'"):
         Settings.from_environment({name: value})
+
+
+def test_two_that_share_a_runs_root_read_the_same_word_in_it(tmp_path: Path) -> None:
+    one, other = replace(HOME, home=tmp_path / "one"), replace(HOME, home=tmp_path / "other")
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(runs_root_id, [one] * 16))) == 1
+    assert runs_root_id(one) != runs_root_id(other)
+    assert [path.name for path in one.runs.iterdir()] == [".root"]
+
+
+def test_a_nodes_address_is_the_one_on_the_way_to_redis() -> None:
+    assert node_address(replace(HOME, redis_url="redis://127.0.0.1:6379/0")) == "127.0.0.1"
+    assert node_address(replace(HOME, redis_url="unix:///run/redis.sock")) == "127.0.0.1"
+    assert node_address(replace(HOME, address="10.0.0.7")) == "10.0.0.7"
