@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,8 +24,10 @@ Key = Literal[
     "train_loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_second", "step_seconds",
     "data_wait_seconds", "mfu", "mfu_causal", "peak_memory_bytes",
 ]  # fmt: skip
+# what evaluations name their results: hellaswag_acc_norm, lm_eval:arc_easy/acc@25
+ResultKey = Annotated[str, Field(pattern=r"^(hellaswag_|lm_eval:)")]
 KEYS: tuple[Key, ...] = get_args(Key)
-EVENT_TYPES = ("step", "evaluated")  # those that carry values
+EVENT_TYPES = ("step", "evaluated", "scored")  # those that carry values
 RUNS_KEPT = 32
 
 
@@ -41,7 +43,7 @@ class Points(BaseModel):
 class Metrics(BaseModel):
     job_id: str
     last_event_id: str = Field(description="{attempt}-{seq} of the newest event read: a stream goes on after it")
-    series: dict[Key, Points]
+    series: dict[str, Points]
 
 
 class Curve:
@@ -101,15 +103,15 @@ class Run:
     def __init__(self, path: Path):
         self._run_dir = RunDir(path)
         self._offsets: defaultdict[int, int] = defaultdict(int)  # attempt to bytes read of its events
-        self._curves = {key: Curve() for key in KEYS}
+        self._curves: dict[str, Curve] = {key: Curve() for key in KEYS}
         self._last_event_id = "0-0"
         self._lock = threading.Lock()  # polls come from many threads
 
-    def metrics(self, keys: Iterable[Key], **window: int | None) -> Metrics:
-        """Read what is new, then answer. `window`: from_step, to_step, max_points."""
+    def metrics(self, keys: Iterable[str] | None, **window: int | None) -> Metrics:
+        """Read what is new, then answer: all curves, or those asked for. `window`: from_step, to_step, max_points."""
         with self._lock:
             self._read_on()
-            series = {key: self._curves[key].points(**window) for key in keys}
+            series = {key: self._curves.get(key, Curve()).points(**window) for key in keys or self._curves}
             return Metrics(job_id=self._run_dir.path.name, last_event_id=self._last_event_id, series=series)
 
     def _read_on(self) -> None:
@@ -123,9 +125,10 @@ class Run:
         self._last_event_id = f"{event['attempt']}-{event['seq']}"
         if event["type"] not in EVENT_TYPES:
             return
-        for key in KEYS:
-            if (value := event.get(key)) is not None:
-                self._curves[key].put(event["step"], float(value))  # also "NaN" and "Infinity"
+        values = event["results"] if event["type"] == "scored" else {key: event.get(key) for key in KEYS}
+        for key, value in values.items():
+            if value is not None:
+                self._curves.setdefault(key, Curve()).put(event["step"], float(value))  # also "NaN" and "Infinity"
 
 
 class RunCache:

@@ -16,7 +16,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from gptcore.plan import Hardware, Plan
-from gptcore.spec import PrepareSpec, TrainSpec
+from gptcore.spec import AnySpec
 from worker.doorbell import Doorbell
 from worker.job import (
     Job,
@@ -102,18 +102,18 @@ class Store:
 
     def create_job(
         self,
-        spec: TrainSpec | PrepareSpec,
+        spec: AnySpec,
         plan: Plan | None,
         *,
         idempotency_key: str | None = None,
         body_sha256: str = "",
         parent_job_id: str | None = None,
-        children: Sequence[TrainSpec | PrepareSpec] = (),
+        children: Sequence[AnySpec] = (),
     ) -> tuple[Job, bool]:
         """Queue a resolved spec, or find the job that this key made in the last 24 h.
 
         With a parent it waits for that job to succeed, and is cancelled where it does not. `children` are
-        made with it, as a whole: a child's `source` "parent" becomes the new job's id.
+        made with it, as a whole, and run in their order: a child's `source` "parent" becomes the new job's id.
         Returns the job and whether it is new. Raises IdempotencyConflict.
         """
         while True:
@@ -122,7 +122,10 @@ class Store:
             for child in children:
                 if getattr(child, "source", None) == "parent":
                     child = child.model_copy(update={"source": job_id})
-                made.append(new_record(new_job_id(), job_id, child, None))
+                record = new_record(new_job_id(), job_id, child, None)
+                # one after the other, also where an earlier one fails: the model card shows evaluations
+                record["fields"] += ["follows", made[-1]["id"]] if made[1:] else []
+                made.append(record)
             outcome, job_id = self._run("create", idempotency_key or "", body_sha256, *map(json.dumps, made))
             if outcome == "conflict":
                 raise IdempotencyConflict(

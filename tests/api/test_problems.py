@@ -174,5 +174,10 @@ def test_openapi_describes_the_errors_as_they_are(http: httpx2.Client) -> None:
                     "application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}
                 }, path
     body = schema["paths"]["/jobs"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {option["$ref"].rpartition("/")[2] for option in body["oneOf"]} == {"TrainSpec", "PrepareSpec"}
+    assert {option["$ref"].rpartition("/")[2] for option in body["oneOf"]} == {
+        "TrainSpec",
+        "PrepareSpec",
+        "EvalSpec",
+        "PublishSpec",
+    }
     assert http.get("/docs").status_code == 200
