@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 PIECE_CHARACTERS = 16_384  # few long texts are cut to such pieces, at line ends
@@ -19,7 +19,7 @@ FEW_TEXTS = 20
 
 @dataclass(frozen=True)
 class Document:
-    name: str  # unique in its source; decides the split
+    name: str  # decides the split, so it is the same wherever the files lie
     text: str
 
 
@@ -41,7 +41,7 @@ def text_files(paths: list[Path]) -> Source:
 
     def read(path: Path) -> Iterator[Document]:
         text = path.read_text(encoding="utf-8", errors="replace")
-        return iter([Document(str(path), text)]) if len(files) >= FEW_TEXTS else _pieces(str(path), text)
+        return iter([Document(path.name, text)]) if len(files) >= FEW_TEXTS else _pieces(path.name, text)
 
     return Source(f"text: {_names(paths)}", _fingerprint(files), _one_by_one(files, read))
 
@@ -53,7 +53,7 @@ def jsonl_files(paths: list[Path], field: str) -> Source:
     def read(path: Path) -> Iterator[Document]:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                yield Document(f"{path}:{number}", _field(path, number, line, field))
+                yield Document(f"{path.name}:{number}", _field(path, number, line, field))
 
     return Source(f"jsonl: {_names(paths)}, field {field}", _fingerprint(files), _one_by_one(files, read))
 
@@ -117,7 +117,7 @@ def _parquet_reader(
                 if field not in table.schema_arrow.names:
                     raise ValueError(f"{name}: no column {field!r}; it has {', '.join(table.schema_arrow.names)}")
                 for row, text in _rows(table, field, skip):
-                    yield Document(f"{name}:{row}", text)
+                    yield Document(f"{PurePath(name).name}:{row}", text)
                 skip = max(0, skip - table.metadata.num_rows)
 
     return from_document

@@ -29,6 +29,7 @@ from worker.job import Node, Slot
 from worker.place import agent_lock, node_id, runs_root_id, slot_lock
 from worker.processes import kill
 from worker.settings import Settings
+from worker.shipper import ship_rest
 from worker.store import Store
 
 TICK_SECONDS = 0.3  # at most between two looks; the doorbell makes it less
@@ -99,6 +100,8 @@ class Agent:
         self._doorbell = self._doorbell or self._store.doorbell()
         if time.monotonic() - self._seen_at > HEARTBEAT_SECONDS:
             self._store.register_node(self._node)
+            for job_id, attempt in self._store.expired():
+                ship_rest(self._store, self._settings.runs, job_id, attempt)
             for job_id in self._store.lose_expired(self._settings.max_attempts):
                 log.warning("%s: its attempt showed no sign of life and is given up", job_id)
             self._seen_at = time.monotonic()

@@ -8,6 +8,7 @@ never by an exit code. On several nodes this is the first one's; the others run 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -74,7 +75,9 @@ class Launcher:
         except SpecError as error:
             self._fail("invalid_spec", str(error))
         except OSError as error:  # a full disk, a runs root that cannot be written: the job says so
-            self._give_up("worker", f"{type(error).__name__}: {error}")
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            way_out = f"; free some space for {self._settings.runs}" if full else ""
+            self._give_up("disk_full" if full else "worker", f"{type(error).__name__}: {error}{way_out}")
 
     def _run(self, spec: AnySpec) -> None:
         self._limit = spec.resources.max_duration_seconds

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from gptcore.events import Finished, parse_event, read_lines
@@ -80,6 +82,19 @@ class Shipper:
             self._attempts.pop(0)
             self._offset = 0
             self.progress = Progress(self._total_steps)
+
+
+def ship_rest(store: Store, runs: Path, job_id: str, attempt: int) -> None:
+    """Ship what a launcher that is no more had not, before its attempt is given up: no other may follow.
+
+    Nothing where the run directory is not here.
+    """
+    run_dir = RunDir(runs / job_id)
+    if run_dir.path.exists():
+        shipper = Shipper(store, job_id, run_dir, attempt, None)
+        with suppress(Superseded):
+            while shipper.send():
+                pass
 
 
 def _pair(event_id: str) -> tuple[int, int]:

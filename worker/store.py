@@ -412,6 +412,11 @@ class Store:
             if Ticket.model_validate_json(text) == ticket:
                 self._redis.lrem(KEYS["outbox"], 0, text)
 
+    def expired(self) -> list[tuple[str, int]]:
+        """Job and attempt of each whose lease ran out and that was not given up yet."""
+        ids = self._redis.zrangebyscore(KEYS["leases"], "-inf", self._now())
+        return [(job_id, int(self._redis.hget(KEYS["job"] + job_id, "attempt"))) for job_id in ids]
+
     def lose_expired(self, max_attempts: int) -> list[str]:
         """Give up every attempt of which a lease ran out; the jobs' ids."""
         return list(self._run("lose", LEASE_SECONDS, max_attempts, "scheduler", "", "", ""))

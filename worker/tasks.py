@@ -36,6 +36,7 @@ from worker.job import JobError, Slot, Ticket
 from worker.place import agent_lock, slot_lock
 from worker.processes import SLOT, kill, living
 from worker.settings import Settings
+from worker.shipper import ship_rest
 from worker.store import Store, Superseded
 
 FUNCTION = "worker.launch.run"
@@ -116,6 +117,7 @@ class SlotWorker(Worker):
         clear_slot(ticket.slot, settings, meanwhile=hold)
         error = JobError(reason="launcher_lost", message=message)
         if ticket.node_rank == 0:
+            ship_rest(store, settings.runs, ticket.job_id, ticket.attempt)
             store.lose(ticket.job_id, ticket.attempt, settings.max_attempts, error, who=ticket.slot)
         else:
             store.leave(ticket.job_id, ticket.attempt, ticket.node_rank, f"slot {ticket.slot}: {message}")

@@ -49,6 +49,7 @@ class Guard:
     does: str
     script: Script
     agents: tuple[str, ...] = ("",)
+    orphan_seconds: float = ORPHAN_SECONDS
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,11 @@ GUARDS: dict[str, Guard] = {
     "death-signals": Guard(
         "a trainer ends with its launcher, also where nobody starts another",
         Round(
-            [Blow("kill", "agent", at_step=60, seconds=ORPHAN_SECONDS + 8), Blow("kill", "horse"),
+            [Blow("kill", "agent", at_step=60, seconds=GRACE_SECONDS + 14), Blow("kill", "horse"),
              Blow("kill", "worker")],
-            spec={"max_steps": 2000}, limit_seconds=120.0,
+            spec={"max_steps": 2000}, limit_seconds=240.0,
         ),
+        orphan_seconds=GRACE_SECONDS + 6,  # nothing is frozen: its launcher's end is its own
     ),
     "fencing": Guard(
         "an attempt that was given up writes nothing",
@@ -205,7 +207,10 @@ GUARDS: dict[str, Guard] = {
 
 def run_guard(name: str, *, intact: bool = False) -> list[str]:
     """The violations of a guard's script without that guard, or with all of them."""
-    with World(without="" if intact else name, agents=GUARDS[name].agents) as world, Watch(ORPHAN_SECONDS) as watch:
+    with (
+        World(without="" if intact else name, agents=GUARDS[name].agents) as world,
+        Watch(GUARDS[name].orphan_seconds) as watch,
+    ):
         return GUARDS[name].script(world, watch)
 
 

@@ -172,9 +172,9 @@ def _agent(world: World, job_id: str) -> str:
 
 
 def _worker(world: World, trainers: list[psutil.Process], horse: bool) -> psutil.Process | None:
-    """The launcher of these trainers or the slot's worker above it; before they start, those there are."""
-    above = {parent for trainer in trainers for parent in trainer.parents()}
-    for process in above or world.processes():
+    """The launcher of these trainers or the slot's worker above it; where there is none above, any."""
+    above = [parent for trainer in trainers for parent in trainer.parents()]
+    for process in (*above, *world.processes()):
         if "worker.tasks" in process.cmdline():
             parent = process.parent()
             forked = parent is not None and "worker.tasks" in parent.cmdline()

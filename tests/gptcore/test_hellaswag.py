@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,14 @@ def items_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def harness(items_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """lm-evaluation-harness's task manager with a local hellaswag; no network."""
-    os.environ |= dict.fromkeys(OFFLINE, "1")  # read when its libraries are imported
-    from lm_eval.tasks import TaskManager
-
     tasks = tmp_path_factory.mktemp("tasks")
     write_task(tasks, items_folder)
-    return TaskManager(include_path=str(tasks))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OFFLINE:  # read when its libraries are imported; other tests do ask a Hub
+            patch.setenv(name, "1")
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=str(tasks))
 
 
 def tiny_scorer(family: str, tokenizer: str, **changes: Any) -> Scorer:

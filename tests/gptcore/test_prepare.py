@@ -100,7 +100,12 @@ def test_one_long_text_is_cut_at_line_ends_for_both_splits(tmp_path: Path) -> No
     assert len(pieces) > 10
     assert "".join(p.text for p in pieces) == text.read_text()
     assert all(p.text.endswith("\n") for p in pieces[:-1])
-    assert prepare(tmp_path, "d", text_files([text]), "gpt2", val_fraction=0.1).val.tokens > 1000
+    made = prepare(tmp_path, "d", text_files([text]), "gpt2", val_fraction=0.3)
+    assert made.val.tokens > 1000
+    elsewhere = tmp_path / "elsewhere" / "my.txt"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(text.read_text())
+    assert prepare(tmp_path, "e", text_files([elsewhere]), "gpt2", val_fraction=0.3).val == made.val
 
 
 def rows_as_jsonl(folder: Path) -> Source:

@@ -438,3 +438,25 @@ def test_a_launcher_that_hangs_is_killed_and_its_slot_serves_again(
     store.request_cancel(job_id)
     assert ended(store, submit(store), 60).status == "succeeded"
     assert not hanging.is_running()
+
+
+@pytest.mark.slow
+def test_what_dead_processes_had_not_shipped_is_there_before_the_job_ends(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    worker = start_worker(fake)
+    job_id = submit_long(store)
+    at_step(store, job_id, 3)
+    launcher = psutil.Process(horse(job_id))
+    slot_worker = launcher.parent()
+    assert slot_worker is not None
+    for process in (worker.process, launcher, slot_worker):
+        process.suspend()  # none of them is to see another die
+    for process in (worker.process, slot_worker, launcher):
+        process.kill()
+    assert store.request_cancel(job_id).status == "cancelling"
+    worker.process.wait(5)
+    worker.start()
+    assert ended(store, job_id, 40).status == "cancelled" and living(job_id) == []
+    assert shipped(store, job_id) == written(fake, job_id)
+    assert '"type":"stopped"' in shipped(store, job_id)[-1]

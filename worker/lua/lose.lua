@@ -43,6 +43,7 @@ for _, id in ipairs(order) do
     if failures < most then
       -- the first time at once; what fails again and again must not keep a node busy with failing
       local pause = failures > 1 and math.min(60, 2 ^ failures) or 0
+      if why.reason == 'disk_full' then pause = 20 end  -- somebody may be making space
       redis.call('HSET', job, 'not_before', stamp(time + pause))
       local later = pause > 0 and ', tried again in ' .. pause .. ' s' or ''
       conclude(id, 'recovering', who, 'attempt ' .. current .. ': ' .. why.message .. later)
