@@ -50,10 +50,10 @@ class Refusal(Exception):
 
 async def answer(request: Request, error: Exception) -> Response:
     """The one exception handler of the application."""
-    return _refusal(request, error).response()
+    return refusal_of(request, error).response()
 
 
-def _refusal(request: Request, error: Exception) -> Refusal:
+def refusal_of(request: Request, error: Exception) -> Refusal:
     match error:
         case Refusal():
             return error

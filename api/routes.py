@@ -22,6 +22,7 @@ from gptcore.presets import PRESETS
 from gptcore.rundir import RunDir
 from gptcore.spec import JobSpec
 from worker.job import Job, JobPage, Node, Status
+from worker.keyring import AuditEntry, KeyRing
 from worker.settings import Settings
 from worker.store import Store
 
@@ -39,6 +40,7 @@ class Services:
 
     settings: Settings
     store: Store
+    keys: KeyRing
     runs: RunCache
 
 
@@ -47,7 +49,12 @@ def _services(request: Request) -> Services:
     return services
 
 
+def _who(request: Request) -> str:
+    return str(request.state.who)
+
+
 With = Annotated[Services, Depends(_services)]
+Who = Annotated[str, Depends(_who)]
 Spec = Annotated[JobSpec, Body()]
 EventId = Annotated[str | None, Query(pattern=r"^\d{1,9}-\d{1,15}$", description="only what is newer than this event")]
 LastEventId = Annotated[str | None, Header(pattern=r"^\d{1,9}-\d{1,15}$", description="as `after`, and before it")]
@@ -135,21 +142,21 @@ def job(job_id: str, services: With) -> Job:
 
 
 @router.post("/jobs/{job_id}/cancel", tags=["jobs"])
-def cancel(job_id: str, services: With) -> Job:
+def cancel(job_id: str, services: With, who: Who) -> Job:
     """Ask for a job's end. A running one is `cancelling` until nothing of it lives; asking again changes nothing."""
-    return services.store.request_cancel(job_id)
+    return services.store.request_cancel(job_id, who)
 
 
 @router.post("/jobs/{job_id}/pause", tags=["jobs"])
-def pause(job_id: str, services: With) -> Job:
+def pause(job_id: str, services: With, who: Who) -> Job:
     """Have a job save a checkpoint and wait for `resume`; it is `pausing` until then."""
-    return services.store.request_pause(job_id)
+    return services.store.request_pause(job_id, who)
 
 
 @router.post("/jobs/{job_id}/resume", tags=["jobs"])
-def resume(job_id: str, services: With) -> Job:
+def resume(job_id: str, services: With, who: Who) -> Job:
     """Queue a paused job again; it goes on exactly where it was."""
-    return services.store.resume(job_id)
+    return services.store.resume(job_id, who)
 
 
 # ---- what a job reports
@@ -276,6 +283,12 @@ class NodeChange(BaseModel):
 def change_worker(node_id: str, change: NodeChange, services: With) -> Node:
     """Drain a node, or use it again."""
     return services.store.set_schedulable(node_id, change.schedulable)
+
+
+@router.get("/audit", tags=["service"])
+def audit(services: With, limit: Limit = 100) -> list[AuditEntry]:
+    """Who asked for what, reading aside, and what was done with keys: newest first."""
+    return services.keys.audit(limit)
 
 
 @router.get("/healthz", tags=["service"])

@@ -49,12 +49,18 @@ class TrainmasterError(Exception):
 
 
 class Client:
-    """`url` is the server's; by default TRAINMASTER_URL's, else that of a local `trainmaster up`."""
+    """`url` is the server's; by default TRAINMASTER_URL's, else that of a local `trainmaster up`.
 
-    def __init__(self, url: str | None = None):
-        self.url = (url or Settings.from_environment().url).rstrip("/")
+    `api_key` is needed once the server has keys; by default TRAINMASTER_API_KEY's.
+    """
+
+    def __init__(self, url: str | None = None, api_key: str | None = None):
+        settings = Settings.from_environment()
+        self.url = (url or settings.url).rstrip("/")
+        key = api_key or settings.api_key
         self._http = httpx2.Client(
             base_url=self.url,
+            headers={"Authorization": f"Bearer {key}"} if key else None,
             timeout=httpx2.Timeout(30.0, connect=5.0),
             trust_env=not _is_loopback(self.url),  # a proxy cannot reach this machine's own server
         )

@@ -76,6 +76,13 @@ def jobs_table(jobs: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
+def keys_table(keys: Iterable[Mapping[str, Any]]) -> Table:
+    table = Table("id", "name", "scope", "created", box=SIMPLE)
+    for key in keys:
+        table.add_row(key["id"], Text(key["name"]), key["scope"], moment(key["created_at"]))
+    return table
+
+
 def moment(time: str | None, style: str = "%Y-%m-%d %H:%M:%S") -> str:
     """An API time, in the reader's own zone."""
     return datetime.fromisoformat(time).astimezone().strftime(style) if time else ""

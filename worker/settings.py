@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self, cast
 
@@ -19,6 +19,7 @@ class Settings:
     home: Path  # redis/ runs/ datasets/
     redis_url: str = DEFAULT_REDIS_URL
     url: str = DEFAULT_URL  # of the server that the command line talks to
+    api_key: str = field(default="", repr=False)  # that the command line and the client send
     pool: str = "default"
     node: str = ""  # this node's name; empty: made from the machine's and the home's
     address: str = ""  # by which other nodes reach this one; empty: as seen on the way to Redis
@@ -47,6 +48,7 @@ class Settings:
             home=Path(env.get("TRAINMASTER_HOME", "~/.trainmaster")).expanduser().absolute(),
             redis_url=env.get("TRAINMASTER_REDIS_URL", DEFAULT_REDIS_URL),
             url=env.get("TRAINMASTER_URL", DEFAULT_URL).rstrip("/"),
+            api_key=env.get("TRAINMASTER_API_KEY", "").strip(),
             pool=env.get("TRAINMASTER_POOL", "default"),
             node=_word(env, "TRAINMASTER_NODE"),
             address=env.get("TRAINMASTER_ADDRESS", ""),
@@ -58,7 +60,7 @@ class Settings:
         )
 
     def to_environment(self) -> dict[str, str]:
-        """The variables that make a child process read these same settings."""
+        """The variables that make a child process read these same settings, but for the API key: none needs it."""
         return {
             "TRAINMASTER_HOME": str(self.home),
             "TRAINMASTER_REDIS_URL": self.redis_url,

@@ -1,7 +1,6 @@
 """The truth about jobs and nodes, in Redis. What must happen as a whole is one Lua script (`worker/lua/`).
 
-Nothing here retries: a command that timed out may have run, and redis-py's own retries would run it
-twice. Every method may raise `redis.ConnectionError` or `redis.TimeoutError`.
+Nothing here retries. Every method may raise `redis.ConnectionError` or `redis.TimeoutError`.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ from datetime import datetime
 from typing import Any, Self, cast
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from gptcore.plan import Hardware, Plan
 from gptcore.spec import PrepareSpec, TrainSpec
+from worker.connection import connect_redis
 from worker.doorbell import Doorbell
 from worker.job import (
     Job,
@@ -78,16 +76,7 @@ class Store:
 
     @classmethod
     def connect(cls, url: str, socket_timeout: float = 5.0) -> Self:
-        """`url` as redis-py takes it: redis://, rediss://, unix://."""
-        client = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=socket_timeout,
-            socket_connect_timeout=socket_timeout,
-            health_check_interval=0,
-        )
-        return cls(client, url)
+        return cls(connect_redis(url, socket_timeout), url)
 
     def close(self) -> None:
         self._redis.close()

@@ -15,7 +15,7 @@ from worker.job import Ticket
 from worker.settings import Settings
 
 # the job system's, none of a trainer's business
-_PRIVATE = ("TRAINMASTER_REDIS_URL", "TRAINMASTER_TRAINER")
+_PRIVATE = ("TRAINMASTER_REDIS_URL", "TRAINMASTER_API_KEY", "TRAINMASTER_TRAINER")
 
 
 @dataclass(frozen=True)

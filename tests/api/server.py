@@ -23,8 +23,9 @@ from worker.store import Store
 class Server:
     """Serves from `start` to `stop`, and again: always at the same address."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, **options: bool):
         self._settings = settings
+        self._options = options
         self._port = 0
         self.start()
         self.http = httpx2.Client(base_url=self.url, timeout=30, trust_env=False)
@@ -46,7 +47,7 @@ class Server:
         listener = socket.create_server(("127.0.0.1", self._port))
         self._port = listener.getsockname()[1]
         config = uvicorn.Config(
-            create_app(self._settings), log_level="warning", lifespan="on", timeout_graceful_shutdown=1
+            create_app(self._settings, **self._options), log_level="warning", lifespan="on", timeout_graceful_shutdown=1
         )
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [listener]})
