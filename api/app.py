@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from api import problems
+from api import files, problems
 from api.guard import MAX_BODY_BYTES, Guard, needed_scope
 from api.routes import STATIC, Services, router
 from api.series import RunCache
@@ -61,6 +61,7 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
         redoc_url=None,
     )
     app.state.services = Services(settings, store, keys, RunCache(settings.runs))
+    app.include_router(files.router)
     app.include_router(router, max_body_size=MAX_BODY_BYTES)  # of bodies that do not say their length
     app.mount("/static", StaticFiles(directory=STATIC))
     return app

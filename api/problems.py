@@ -102,7 +102,7 @@ def _invalid_request(error: RequestValidationError) -> Refusal:
         return Refusal(400, "invalid_json", detail)
     in_body = [one for one in found if one["loc"][0] == "body"]
     if in_body:
-        return _invalid("invalid_spec", problems_of(in_body, root=("body",)))
+        return _invalid("invalid_spec", problems_of(in_body, root=tuple(in_body[0]["loc"][:2])))
     return _invalid("invalid_parameter", problems_of(list(found)))
 
 

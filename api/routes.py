@@ -14,13 +14,14 @@ from pydantic import BaseModel, Field
 
 from api.planning import Planned, planned
 from api.problems import ProblemDetails, Refusal
+from api.repeat import Submission, spec_of
 from api.series import EVENT_TYPES, KEYS, Key, Metrics, RunCache
-from api.stream import event_stream
+from api.stream import LOG_TAIL_BYTES, event_stream, log_stream
 from gptcore.dataset import BUILTIN, list_datasets
 from gptcore.events import Event
 from gptcore.presets import PRESETS
 from gptcore.rundir import RunDir
-from gptcore.spec import JobSpec
+from worker.deletion import delete_job
 from worker.job import Job, JobPage, Node, Status
 from worker.keyring import AuditEntry, KeyRing
 from worker.settings import Settings
@@ -31,7 +32,6 @@ PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 }
-LOG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,16 @@ def _who(request: Request) -> str:
 
 With = Annotated[Services, Depends(_services)]
 Who = Annotated[str, Depends(_who)]
-Spec = Annotated[JobSpec, Body()]
+Sent = Annotated[Submission, Body()]
 EventId = Annotated[str | None, Query(pattern=r"^\d{1,9}-\d{1,15}$", description="only what is newer than this event")]
 LastEventId = Annotated[str | None, Header(pattern=r"^\d{1,9}-\d{1,15}$", description="as `after`, and before it")]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
-router = APIRouter(
-    responses={
-        422: {"model": ProblemDetails, "description": "The request cannot be done, and why"},
-        "default": {"model": ProblemDetails, "description": "Any other error"},
-    }
-)
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    422: {"model": ProblemDetails, "description": "The request cannot be done, and why"},
+    "default": {"model": ProblemDetails, "description": "Any other error"},
+}
+router = APIRouter(responses=PROBLEMS)
 
 
 class EventPage(BaseModel):
@@ -96,7 +95,7 @@ class Health(BaseModel):
 
 @router.post("/jobs", status_code=201, tags=["jobs"])
 def submit(
-    spec: Spec,
+    submission: Sent,
     response: Response,
     services: With,
     idempotency_key: Annotated[
@@ -104,12 +103,12 @@ def submit(
         Header(min_length=1, max_length=200, description="same key, same body: the same job, for 24 h"),
     ] = None,
 ) -> Job:
-    """Check a job spec and queue it."""
-    body_sha256 = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+    """Check a job spec and queue it: a whole one, or another job's with `overrides`."""
+    body_sha256 = hashlib.sha256(submission.model_dump_json().encode()).hexdigest()
     # before planning: a repeated request gets its first answer, whatever the pool has become since
     job = services.store.replayed_job(idempotency_key, body_sha256) if idempotency_key else None
     if job is None:
-        accepted = planned(spec, services.settings, services.store)
+        accepted = planned(spec_of(submission, services.store), services.settings, services.store)
         job, _ = services.store.create_job(
             accepted.spec, accepted.plan, idempotency_key=idempotency_key, body_sha256=body_sha256
         )
@@ -118,9 +117,9 @@ def submit(
 
 
 @router.post("/jobs/plan", tags=["jobs"])
-def plan(spec: Spec, services: With) -> Planned:
+def plan(submission: Sent, services: With) -> Planned:
     """What a job spec comes to; nothing is queued."""
-    return planned(spec, services.settings, services.store)
+    return planned(spec_of(submission, services.store), services.settings, services.store)
 
 
 @router.get("/jobs", tags=["jobs"])
@@ -129,16 +128,23 @@ def jobs(
     status: Status | None = None,
     kind: Annotated[str | None, Query(description="train, prepare")] = None,
     label: Annotated[str | None, Query(description="key, or key=value")] = None,
+    name: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(description="a page's `next`")] = None,
 ) -> JobPage:
     """Jobs, newest first."""
-    return services.store.list_jobs(status=status, kind=kind, label=label, limit=limit, after=after)
+    return services.store.list_jobs(status=status, kind=kind, label=label, name=name, limit=limit, after=after)
 
 
 @router.get("/jobs/{job_id}", tags=["jobs"])
 def job(job_id: str, services: With) -> Job:
     return services.store.get_job(job_id)
+
+
+@router.delete("/jobs/{job_id}", status_code=204, tags=["jobs"])
+def delete(job_id: str, services: With) -> None:
+    """Delete a job that has ended: record, streams and run directory. What it published stays."""
+    delete_job(services.store, services.settings.runs, job_id)
 
 
 @router.post("/jobs/{job_id}/cancel", tags=["jobs"])
@@ -215,20 +221,29 @@ def events(
     return JSONResponse({"data": data, "has_more": has_more, "next": page[-1][0] if has_more else None})
 
 
-@router.get("/jobs/{job_id}/logs", response_class=PlainTextResponse, tags=["runs"])
+@router.get("/jobs/{job_id}/logs", response_class=PlainTextResponse, responses=_STREAM, tags=["runs"])
 def logs(
-    job_id: str, services: With, attempt: Annotated[int | None, Query(ge=1, description="by default the newest")] = None
-) -> str:
-    """What an attempt's trainer printed: the last MiB."""
+    job_id: str,
+    request: Request,
+    services: With,
+    attempt: Annotated[int | None, Query(ge=1, le=999_999_999, description="by default the newest")] = None,
+    after: EventId = None,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """What an attempt's trainer printed: the last MiB. With `Accept: text/event-stream` goes on from there with
+    what it prints, and with the attempts that follow; ids are {attempt}-{byte}."""
     services.store.get_job(job_id)
-    logs = {a.number: a.log for a in RunDir(services.settings.runs / job_id).attempts() if a.log.exists()}
+    run = RunDir(services.settings.runs / job_id)
+    if _wants_stream(request):
+        return log_stream(services.store, run, job_id, attempt, last_event_id or after)
+    logs = {a.number: a.log for a in run.attempts() if a.log.exists()}
     wanted = attempt or max(logs, default=0)
     if wanted not in logs:
         have = f"it has logs of {', '.join(map(str, logs))}" if logs else "it has not started yet"
         raise Refusal(404, "log_not_found", f"{job_id} has no log of attempt {attempt or 1}; {have}")
     with logs[wanted].open("rb") as file:
-        file.seek(max(0, logs[wanted].stat().st_size - LOG_BYTES))
-        return file.read(LOG_BYTES).decode("utf-8", "replace")
+        file.seek(max(0, logs[wanted].stat().st_size - LOG_TAIL_BYTES))
+        return PlainTextResponse(file.read(LOG_TAIL_BYTES).decode("utf-8", "replace"))
 
 
 def _wants_stream(request: Request) -> bool:

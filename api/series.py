@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gptcore.events import read_lines
+from gptcore.events import Sampled, read_lines
 from gptcore.rundir import RunDir
 
 Key = Literal[
@@ -62,7 +62,7 @@ class Curve:
             self._steps.insert(at, step)
             self._values.insert(at, value)
 
-    def points(self, from_step: int | None, to_step: int | None, max_points: int | None) -> Points:
+    def points(self, from_step: int | None = None, to_step: int | None = None, max_points: int | None = None) -> Points:
         """The steps asked for, both ends included, thinned to `max_points` (10 or more)."""
         start = 0 if from_step is None else bisect_left(self._steps, from_step)
         stop = len(self._steps) if to_step is None else bisect_right(self._steps, to_step)
@@ -102,8 +102,15 @@ class Run:
         self._run_dir = RunDir(path)
         self._offsets: defaultdict[int, int] = defaultdict(int)  # attempt to bytes read of its events
         self._curves = {key: Curve() for key in KEYS}
+        self._samples: dict[int, Sampled] = {}
         self._last_event_id = "0-0"
         self._lock = threading.Lock()  # polls come from many threads
+
+    def samples(self) -> list[Sampled]:
+        """By step."""
+        with self._lock:
+            self._read_on()
+            return [self._samples[step] for step in sorted(self._samples)]
 
     def metrics(self, keys: Iterable[Key], **window: int | None) -> Metrics:
         """Read what is new, then answer. `window`: from_step, to_step, max_points."""
@@ -121,6 +128,8 @@ class Run:
 
     def _take(self, event: dict[str, Any]) -> None:
         self._last_event_id = f"{event['attempt']}-{event['seq']}"
+        if event["type"] == "sampled":
+            self._samples[event["step"]] = Sampled.model_validate(event)
         if event["type"] not in EVENT_TYPES:
             return
         for key in KEYS:

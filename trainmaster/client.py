@@ -77,7 +77,10 @@ class Client:
         self._http.close()
 
     def submit(self, spec: Json, idempotency_key: str | None = None) -> Json:
-        """Queue a job spec → the job. With the key of an earlier call: that call's job."""
+        """Queue a job spec, or {"from": job id, "overrides": changes to its spec} → the job.
+
+        With the key of an earlier call: that call's job.
+        """
         key = idempotency_key or str(uuid.uuid4())
         return self._call("POST", "/jobs", json=spec, headers={"Idempotency-Key": key})
 
@@ -103,6 +106,10 @@ class Client:
     def resume(self, job_id: str) -> Json:
         """Queue a paused job again → the job."""
         return self._call("POST", f"/jobs/{job_id}/resume")
+
+    def delete(self, job_id: str) -> None:
+        """Delete a job that has ended, with its run directory."""
+        self._call("DELETE", f"/jobs/{job_id}")
 
     def metrics(self, job_id: str, **query: Any) -> Json:
         """A run's curves → {"job_id", "last_event_id", "series": {key: {"step": [], "value": []}}}."""
@@ -146,7 +153,7 @@ class Client:
                 trial.failed(_unreachable(error))
                 continue
             if response.is_success:
-                answer: Json = response.json()
+                answer: Json = response.json() if response.content else {}
                 return answer
             trial.failed(_refusal(response))
 

@@ -36,7 +36,8 @@ EVENTS_KEPT = 100_000  # newest of a run in Redis; all of them are in the run di
 FORGET_NODE_SECONDS = 3600.0
 
 SCRIPTS = (
-    "create", "stop", "resume", "reserve", "claim", "renew", "leave", "ship", "reassert", "finish", "lose", "retire",
+    "create", "stop", "resume", "delete", "reserve", "claim", "renew", "leave", "ship", "reassert", "finish", "lose",
+    "retire",
 )  # fmt: skip
 
 
@@ -117,6 +118,10 @@ class Store:
                 raise IdempotencyConflict(
                     f"Idempotency-Key {idempotency_key!r} was used for {job_id} with another body; use a new key"
                 )
+            if outcome == "deleted":
+                raise IdempotencyConflict(
+                    f"Idempotency-Key {idempotency_key!r} was used for {job_id}, which was deleted; use a new key"
+                )
             if outcome != "taken":
                 return self.get_job(job_id), outcome == "created"
 
@@ -149,6 +154,7 @@ class Store:
         status: str | None = None,
         kind: str | None = None,
         label: str | None = None,
+        name: str | None = None,
         limit: int = 20,
         after: str | None = None,
     ) -> JobPage:
@@ -160,7 +166,7 @@ class Store:
         while len(matching) <= limit:
             batch = self._redis.zrevrangebyscore(KEYS["jobs"], below, "-inf", 0, 500, withscores=True)
             numbered = [(job_id, str(int(number))) for job_id, number in batch]
-            matching += self._matching(numbered, status, kind, label)
+            matching += self._matching(numbered, label, status=status, kind=kind, name=name)
             if len(batch) < 500:
                 break
             below = f"({numbered[-1][1]}"
@@ -173,19 +179,20 @@ class Store:
         )
 
     def _matching(
-        self, numbered: list[tuple[str, str]], status: str | None, kind: str | None, label: str | None
+        self, numbered: list[tuple[str, str]], label: str | None, **fields: str | None
     ) -> list[tuple[str, str]]:
-        if status is None and kind is None and label is None:
+        wanted = {field: value for field, value in fields.items() if value is not None}
+        if label is None and not wanted:
             return numbered
         pipeline = self._redis.pipeline(transaction=False)
         for job_id, _ in numbered:
-            pipeline.hmget(KEYS["job"] + job_id, ["status", "kind", "labels"])
+            pipeline.hmget(KEYS["job"] + job_id, ["labels", *wanted])
         key, has_value, value = (label or "").partition("=")
         found = []
-        for entry, (its_status, its_kind, text) in zip(numbered, pipeline.execute(), strict=True):
-            labels = json.loads(text or "{}")
+        for entry, (text, *values) in zip(numbered, pipeline.execute(), strict=True):
+            labels = json.loads(text or "{}") if label is not None else {}
             labelled = label is None or (key in labels and (not has_value or labels[key] == value))
-            if labelled and status in (None, its_status) and kind in (None, its_kind):
+            if labelled and values == list(wanted.values()):
                 found.append(entry)
         return found
 
@@ -207,6 +214,15 @@ class Store:
             way_out = "resume it once it is paused" if job.status == "pausing" else "submit it as a new job"
             raise NotPossible(f"{job_id} is {job.status}; {way_out}")
         return job
+
+    def delete_job(self, job_id: str, look: bool = False) -> None:
+        """Forget an ended job's record and streams; `look`: only whether it may be. Raises JobNotFound, NotPossible."""
+        why = self._run("delete", job_id, "look" if look else "")
+        if why is None:
+            raise JobNotFound(job_id)
+        if why:
+            way_out = f"{why} reads its files" if why.startswith("job-") else f"it is {why}: cancel it"
+            raise NotPossible(f"{job_id} cannot be deleted yet; {way_out}")
 
     def _ask(self, script_name: str, job_id: str, *args: str) -> Job:
         if self._run(script_name, job_id, *args) is None:
