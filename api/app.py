@@ -14,6 +14,7 @@ from starlette.staticfiles import StaticFiles
 
 from api import files, problems
 from api.guard import MAX_BODY_BYTES, Guard, needed_scope
+from api.hub import Hub
 from api.routes import STATIC, Services, router
 from api.series import RunCache
 from worker.keyring import KeyRing
@@ -60,7 +61,7 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
         middleware=[Middleware(Guard, hosts=list(hosts), keys=keys, open_without_keys=open_without_keys)],
         redoc_url=None,
     )
-    app.state.services = Services(settings, store, keys, RunCache(settings.runs))
+    app.state.services = Services(settings, store, keys, Hub(store), RunCache(settings.runs))
     app.include_router(files.router)
     app.include_router(router, max_body_size=MAX_BODY_BYTES)  # of bodies that do not say their length
     app.mount("/static", StaticFiles(directory=STATIC))

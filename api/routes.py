@@ -12,6 +12,7 @@ from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 
+from api.hub import Hub
 from api.planning import Planned, planned
 from api.problems import ProblemDetails, Refusal
 from api.repeat import Submission, spec_of
@@ -41,6 +42,7 @@ class Services:
     settings: Settings
     store: Store
     keys: KeyRing
+    hub: Hub
     runs: RunCache
 
 
@@ -196,7 +198,7 @@ def metrics(
     `evaluated` events as they come, to be resumed by `Last-Event-ID`."""
     services.store.get_job(job_id)
     if _wants_stream(request):
-        return event_stream(services.store, job_id, last_event_id or after or "0-0", EVENT_TYPES)
+        return event_stream(services.hub, services.store, job_id, last_event_id or after or "0-0", EVENT_TYPES)
     window = {"from_step": from_step, "to_step": to_step, "max_points": max_points}
     return services.runs.run(job_id).metrics(keys or KEYS, **window)
 
@@ -213,7 +215,7 @@ def events(
     """What the trainer reported, the newest 100,000 events; with `Accept: text/event-stream` as they come."""
     services.store.get_job(job_id)
     if _wants_stream(request):
-        return event_stream(services.store, job_id, last_event_id or after or "0-0")
+        return event_stream(services.hub, services.store, job_id, last_event_id or after or "0-0")
     found = services.store.read_events(job_id, after or "0-0", limit + 1)
     page, has_more = found[:limit], len(found) > limit
     # passed on as the trainer wrote them: a newer one may report what this server does not know
@@ -235,7 +237,7 @@ def logs(
     services.store.get_job(job_id)
     run = RunDir(services.settings.runs / job_id)
     if _wants_stream(request):
-        return log_stream(services.store, run, job_id, attempt, last_event_id or after)
+        return log_stream(services.hub, services.store, run, job_id, attempt, last_event_id or after)
     logs = {a.number: a.log for a in run.attempts() if a.log.exists()}
     wanted = attempt or max(logs, default=0)
     if wanted not in logs:

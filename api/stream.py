@@ -7,14 +7,13 @@ import json
 import time
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
-from typing import cast
 
 import redis
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
+from api.hub import Hub
 from gptcore.rundir import RunDir
-from worker.follow import follow_events
 from worker.store import JobNotFound, Store
 
 RECONNECT_MILLISECONDS = 1000
@@ -24,42 +23,47 @@ AWAY = (redis.ConnectionError, redis.TimeoutError)
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"}
 
 
-def event_stream(store: Store, job_id: str, after: str, types: Collection[str] = ()) -> EventSourceResponse:
+def event_stream(hub: Hub, store: Store, job_id: str, after: str, types: Collection[str] = ()) -> EventSourceResponse:
     """Events behind `after`, of `types` or all; each is `id`, `event` (its type) and `data` (its JSON).
 
     The last message is `event: end` with the job's status. A stream that closes without one goes on
     for a client that comes back with Last-Event-ID.
     """
-    return EventSourceResponse(_messages(store, job_id, after, types), headers=HEADERS)
+    return EventSourceResponse(_messages(hub, store, job_id, after, types), headers=HEADERS)
 
 
-async def _messages(store: Store, job_id: str, after: str, types: Collection[str]) -> AsyncGenerator[bytes]:
+async def _messages(hub: Hub, store: Store, job_id: str, after: str, types: Collection[str]) -> AsyncGenerator[bytes]:
     yield format_sse_event(retry=RECONNECT_MILLISECONDS)
-    followed = cast("AsyncGenerator[tuple[str, str] | None]", follow_events(store.url, job_id, after))
     try:
-        async with aclosing(followed) as news:
-            async for item in news:
-                yield KEEPALIVE_COMMENT if item is None else _message(*item, types)
-        status, _ = await run_in_threadpool(_status, store, job_id)
+        async with aclosing(hub.watch(job_id, after)) as watched:
+            async for news in watched:
+                # a comment proves that the stream lives
+                yield b"".join(m.sent for m in news if not types or m.type in types) or KEEPALIVE_COMMENT
+        status, ended = await run_in_threadpool(_status, store, job_id)
     except AWAY:
         return  # closed without an end: the client comes back, and so does Redis
-    yield _end(status)
+    if ended:
+        yield _end(status)
 
 
 def _end(status: str) -> bytes:
     return format_sse_event(event="end", data_str=json.dumps({"status": status}))
 
 
-def log_stream(store: Store, run: RunDir, job_id: str, attempt: int | None, after: str | None) -> EventSourceResponse:
+def log_stream(
+    hub: Hub, store: Store, run: RunDir, job_id: str, attempt: int | None, after: str | None
+) -> EventSourceResponse:
     """What the trainer prints, as `log` messages with ids {attempt}-{byte}, from the newest attempt's last MiB on."""
     attempt, offset = map(int, after.split("-")) if after else (attempt or 0, -1)
-    return EventSourceResponse(_log_messages(store, run, job_id, attempt, offset), headers=HEADERS)
+    return EventSourceResponse(_log_messages(hub, store, run, job_id, attempt, offset), headers=HEADERS)
 
 
-async def _log_messages(store: Store, run: RunDir, job_id: str, attempt: int, offset: int) -> AsyncGenerator[bytes]:
+async def _log_messages(
+    hub: Hub, store: Store, run: RunDir, job_id: str, attempt: int, offset: int
+) -> AsyncGenerator[bytes]:
     yield format_sse_event(retry=RECONNECT_MILLISECONDS)
     said_at = time.monotonic()
-    while True:
+    while not hub.closing:
         try:
             # asked before reading: what a job printed before it ended is there by then
             status, ended = await run_in_threadpool(_status, store, job_id)
@@ -67,7 +71,8 @@ async def _log_messages(store: Store, run: RunDir, job_id: str, attempt: int, of
             return
         attempt, offset, text = await run_in_threadpool(_read_log, run, attempt, offset, ended)
         if text is None and ended:
-            break
+            yield _end(status)
+            return
         if text is not None:
             yield format_sse_event(id=f"{attempt}-{offset}", event="log", data_str=text)
         elif time.monotonic() - said_at > KEEPALIVE_SECONDS:
@@ -76,7 +81,6 @@ async def _log_messages(store: Store, run: RunDir, job_id: str, attempt: int, of
             await asyncio.sleep(LOG_POLL_SECONDS)
             continue
         said_at = time.monotonic()
-    yield _end(status)
 
 
 def _status(store: Store, job_id: str) -> tuple[str, bool]:
@@ -112,10 +116,3 @@ def _read_log(run: RunDir, attempt: int, offset: int, ended: bool) -> tuple[int,
         text = chunk.decode("utf-8", "replace").removesuffix("\n").replace("\r", "\n")
         return attempt, offset + len(chunk), text
     return _read_log(run, min(later), 0, ended) if later else (attempt, offset, None)
-
-
-def _message(event_id: str, line: str, types: Collection[str]) -> bytes:
-    kind = json.loads(line)["type"]
-    if types and kind not in types:
-        return KEEPALIVE_COMMENT  # proves that the stream lives
-    return format_sse_event(id=event_id, event=kind, data_str=line)

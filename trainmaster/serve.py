@@ -6,9 +6,6 @@ import ipaddress
 import socket
 import sys
 
-# open event streams never end by themselves; readers reconnect to the next server
-GRACE_SECONDS = 2
-
 
 class AddressTaken(Exception):
     """The API cannot listen there."""
@@ -42,17 +39,10 @@ def _is_loopback(listener: socket.socket) -> bool:
 def serve(listener: socket.socket) -> None:
     """Serve until SIGTERM."""
     # imported here: a parent that only binds the socket needs none of it
-    import uvicorn
-
-    from api.app import create_app
+    from api.serving import Server
     from worker.settings import Settings
 
-    config = uvicorn.Config(
-        create_app(Settings.from_environment(), open_without_keys=_is_loopback(listener)),
-        access_log=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(Settings.from_environment(), open_without_keys=_is_loopback(listener)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

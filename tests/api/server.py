@@ -8,9 +8,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx2
-import uvicorn
 
-from api.app import create_app
+from api import serving
 from gptcore.events import Evaluated, EventBase, JsonlReport, Step, read_lines
 from gptcore.plan import Hardware
 from gptcore.rundir import RunDir
@@ -46,10 +45,7 @@ class Server:
     def start(self) -> None:
         listener = socket.create_server(("127.0.0.1", self._port))
         self._port = listener.getsockname()[1]
-        config = uvicorn.Config(
-            create_app(self._settings, **self._options), log_level="warning", lifespan="on", timeout_graceful_shutdown=1
-        )
-        self._uvicorn = uvicorn.Server(config)
+        self._uvicorn = serving.Server(self._settings, **self._options)
         self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [listener]})
         self._thread.start()
         wait_until(lambda: self._uvicorn.started)
