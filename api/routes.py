@@ -182,7 +182,11 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/jobs/{job_id}/metrics", response_model=Metrics, responses=_STREAM, tags=["runs"])
+_TABLE = {"text/csv": {"schema": {"type": "string"}, "example": "step,train_loss,val_loss\n1,5.5,\n2,5.25,5.3\n"}}
+_STREAM_OR_TABLE: dict[int | str, dict[str, Any]] = {200: {"content": _STREAM[200]["content"] | _TABLE}}
+
+
+@router.get("/jobs/{job_id}/metrics", response_model=Metrics, responses=_STREAM_OR_TABLE, tags=["runs"])
 def metrics(
     job_id: str,
     request: Request,
@@ -194,13 +198,16 @@ def metrics(
     after: EventId = None,
     last_event_id: LastEventId = None,
 ) -> Metrics | Response:
-    """A run's curves, attempts joined: each step once. With `Accept: text/event-stream` its `step` and
-    `evaluated` events as they come, to be resumed by `Last-Event-ID`."""
+    """A run's curves, attempts joined: each step once; with `Accept: text/csv` as a table.
+
+    With `Accept: text/event-stream` its `step` and `evaluated` events as they come, to be resumed by `Last-Event-ID`.
+    """
     services.store.get_job(job_id)
-    if _wants_stream(request):
+    if _accepts(request, "text/event-stream"):
         return event_stream(services.hub, services.store, job_id, last_event_id or after or "0-0", EVENT_TYPES)
     window = {"from_step": from_step, "to_step": to_step, "max_points": max_points}
-    return services.runs.run(job_id).metrics(keys or KEYS, **window)
+    found = services.runs.run(job_id).metrics(keys or KEYS, **window)
+    return PlainTextResponse(found.to_csv(), media_type="text/csv") if _accepts(request, "text/csv") else found
 
 
 @router.get("/jobs/{job_id}/events", response_model=EventPage, responses=_STREAM, tags=["runs"])
@@ -214,7 +221,7 @@ def events(
 ) -> Response:
     """What the trainer reported, the newest 100,000 events; with `Accept: text/event-stream` as they come."""
     services.store.get_job(job_id)
-    if _wants_stream(request):
+    if _accepts(request, "text/event-stream"):
         return event_stream(services.hub, services.store, job_id, last_event_id or after or "0-0")
     found = services.store.read_events(job_id, after or "0-0", limit + 1)
     page, has_more = found[:limit], len(found) > limit
@@ -236,7 +243,7 @@ def logs(
     what it prints, and with the attempts that follow; ids are {attempt}-{byte}."""
     services.store.get_job(job_id)
     run = RunDir(services.settings.runs / job_id)
-    if _wants_stream(request):
+    if _accepts(request, "text/event-stream"):
         return log_stream(services.hub, services.store, run, job_id, attempt, last_event_id or after)
     logs = {a.number: a.log for a in run.attempts() if a.log.exists()}
     wanted = attempt or max(logs, default=0)
@@ -248,8 +255,8 @@ def logs(
         return PlainTextResponse(file.read(LOG_TAIL_BYTES).decode("utf-8", "replace"))
 
 
-def _wants_stream(request: Request) -> bool:
-    return "text/event-stream" in request.headers.get("accept", "")
+def _accepts(request: Request, media_type: str) -> bool:
+    return media_type in request.headers.get("accept", "")
 
 
 # ---- what a spec may name, and who would run it

@@ -5,8 +5,8 @@ What was read stays in memory, and a poll reads only what was appended since.
 
 from __future__ import annotations
 
-import json
-import math
+import csv
+import io
 import threading
 from array import array
 from bisect import bisect_left, bisect_right
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
 
 from gptcore.events import Sampled, read_lines
 from gptcore.rundir import RunDir
@@ -43,18 +44,33 @@ class Metrics(BaseModel):
     last_event_id: str = Field(description="{attempt}-{seq} of the newest event read: a stream goes on after it")
     series: dict[Key, Points]
 
+    def to_csv(self) -> str:
+        """A row a step, a column a key; empty where there is no value."""
+        columns = {key: dict(zip(points.step, points.value, strict=True)) for key, points in self.series.items()}
+        file = io.StringIO()
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["step", *columns])
+        for step in sorted(set().union(*columns.values())):
+            rows.writerow([step, *(column.get(step, "") for column in columns.values())])
+        return file.getvalue()
+
 
 class Curve:
     def __init__(self) -> None:
         self._steps = array("q")
         self._values = array("d")
+        self._has_nan = False
+        # bucket width to (points in its complete buckets, which of them to show): those never change
+        self._thinned: dict[int, tuple[int, list[int]]] = {}
 
     def put(self, step: int, value: float) -> None:
         """Calls come in the order of event ids: of a step that came before, the newer value counts."""
+        self._has_nan |= value != value
         if not self._steps or step > self._steps[-1]:
             self._steps.append(step)
             self._values.append(value)
             return
+        self._thinned.clear()
         at = bisect_left(self._steps, step)
         if self._steps[at] == step:
             self._values[at] = value
@@ -66,33 +82,41 @@ class Curve:
         """The steps asked for, both ends included, thinned to `max_points` (10 or more)."""
         start = 0 if from_step is None else bisect_left(self._steps, from_step)
         stop = len(self._steps) if to_step is None else bisect_right(self._steps, to_step)
-        steps, values = self._steps[start:stop], self._values[start:stop]
-        if max_points is None or len(steps) <= max_points:
-            return Points(step=steps.tolist(), value=values.tolist())
-        kept = _extremes(steps, values, max_points)
-        return Points(step=[steps[i] for i in kept], value=[values[i] for i in kept])
+        if max_points is None or stop - start <= max_points:
+            return Points(step=self._steps[start:stop].tolist(), value=self._values[start:stop].tolist())
+        shown = self._thin(start, stop, max_points)
+        return Points(step=[self._steps[i] for i in shown], value=[self._values[i] for i in shown])
 
+    def _thin(self, start: int, stop: int, max_points: int) -> list[int]:
+        """Indices of the extremes of each bucket of steps, and of the last point.
 
-def _extremes(steps: array[int], values: array[float], max_points: int) -> list[int]:
-    """Indices of the least and greatest value of each bucket of steps, a NaN if there is one, and the last.
+        A bucket is 2^n steps wide and begins at a multiple of that: it stays as it is while points append.
+        """
+        span, width = self._steps[stop - 1] - self._steps[start], 1
+        while (3 if self._has_nan else 2) * (span // width + 2) > max_points - 1:
+            width *= 2
+        at, shown = self._thinned.get(width, (0, [])) if start == 0 else (start, [])
+        if at >= stop:  # a window that ends before
+            at, shown = start, []
+        while True:
+            end = bisect_left(self._steps, (self._steps[at] // width + 1) * width, at, stop)
+            found = self._extremes(at, end)
+            if end == stop:
+                break
+            shown += found
+            at = end
+        if start == 0:
+            self._thinned[width] = at, shown
+        return shown + sorted({*found, stop - 1})
 
-    A bucket is 2^n steps wide and begins at a multiple of that: it stays as it is while points append.
-    """
-    points_of_bucket = 3 if math.isnan(sum(values)) else 2
-    width = 1
-    while points_of_bucket * ((steps[-1] - steps[0]) // width + 2) > max_points - 1:
-        width *= 2
-    kept = {len(steps) - 1}
-    start = 0
-    while start < len(steps):
-        stop = bisect_left(steps, (steps[start] // width + 1) * width, start)
-        bucket = values[start:stop]
-        numbers = [value for value in bucket if value == value]
-        kept |= {start + bucket.index(extreme(numbers)) for extreme in (min, max) if numbers}
-        if len(numbers) < len(bucket):
-            kept.add(start + next(i for i, value in enumerate(bucket) if value != value))
-        start = stop
-    return sorted(kept)
+    def _extremes(self, start: int, stop: int) -> list[int]:
+        """Indices of the least and the greatest value, and of a NaN if there is one."""
+        values = self._values[start:stop]
+        numbers = [value for value in values if value == value] if self._has_nan else values
+        found = {start + values.index(extreme(numbers)) for extreme in (min, max) if numbers}
+        if len(numbers) < len(values):
+            found.add(start + next(i for i, value in enumerate(values) if value != value))
+        return sorted(found)
 
 
 class Run:
@@ -124,7 +148,7 @@ class Run:
         for attempt in [attempt for attempt in self._run_dir.attempts() if attempt.events.exists()]:
             for offset, line in read_lines(attempt.events, self._offsets[attempt.number]):
                 self._offsets[attempt.number] = offset
-                self._take(json.loads(line))
+                self._take(from_json(line))  # twice as fast as json's
 
     def _take(self, event: dict[str, Any]) -> None:
         self._last_event_id = f"{event['attempt']}-{event['seq']}"
@@ -132,9 +156,10 @@ class Run:
             self._samples[event["step"]] = Sampled.model_validate(event)
         if event["type"] not in EVENT_TYPES:
             return
-        for key in KEYS:
+        step = event["step"]
+        for key, curve in self._curves.items():
             if (value := event.get(key)) is not None:
-                self._curves[key].put(event["step"], float(value))  # also "NaN" and "Infinity"
+                curve.put(step, float(value))  # also "NaN" and "Infinity"
 
 
 class RunCache:
