@@ -15,8 +15,10 @@ from starlette.staticfiles import StaticFiles
 from api import files, problems
 from api.guard import MAX_BODY_BYTES, Guard, needed_scope
 from api.hub import Hub
+from api.monitoring import Monitor, Observed
 from api.routes import STATIC, Services, router
 from api.series import RunCache
+from worker.census import Counting
 from worker.keyring import KeyRing
 from worker.settings import Settings
 from worker.store import Store
@@ -44,6 +46,8 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
     `open_without_keys`: whether it may serve anyone while there is no key, as on loopback.
     """
     store, keys = Store.connect(settings.redis_url), KeyRing.connect(settings.redis_url)
+    counting = Counting.connect(settings.redis_url)
+    monitor = Monitor(counting)
     hosts = filter(None, [urlsplit(settings.url).hostname])
 
     @asynccontextmanager
@@ -51,6 +55,7 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
         yield
         store.close()
         keys.close()
+        counting.close()
 
     app = Application(
         title="Trainmaster",
@@ -58,10 +63,15 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
         summary="Pretrains GPTs on machines you own.",
         lifespan=lifespan,
         exception_handlers=problems.HANDLERS,
-        middleware=[Middleware(Guard, hosts=list(hosts), keys=keys, open_without_keys=open_without_keys)],
+        middleware=[
+            Middleware(Observed, monitor=monitor),
+            Middleware(Guard, hosts=list(hosts), keys=keys, open_without_keys=open_without_keys),
+        ],
         redoc_url=None,
     )
-    app.state.services = Services(settings, store, keys, Hub(store), RunCache(settings.runs))
+    app.state.services = Services(
+        settings, store, keys, Hub(store, monitor.stream_lag_seconds.observe), monitor, RunCache(settings.runs)
+    )
     app.include_router(files.router)
     app.include_router(router, max_body_size=MAX_BODY_BYTES)  # of bodies that do not say their length
     app.mount("/static", StaticFiles(directory=STATIC))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 import redis
@@ -31,6 +32,7 @@ class Message:
 
     id: str
     type: str
+    made_at: datetime | None
     sent: bytes
 
 
@@ -59,8 +61,11 @@ class _Feed:
 
 
 class Hub:
-    def __init__(self, store: Store):
+    """`note_lag` hears of each live event how many seconds ago it was made, by this machine's clock."""
+
+    def __init__(self, store: Store, note_lag: Callable[[float], None] = lambda _: None):
         self._store = store
+        self._note_lag = note_lag
         self._feeds: dict[str, _Feed] = {}  # by job id
         self.closing = False
 
@@ -127,7 +132,10 @@ class Hub:
             with contextlib.suppress(redis.ConnectionError, redis.TimeoutError, JobNotFound):
                 async for event in follow_events(self._store.url, job_id, after, QUIET_SECONDS):
                     if event is not None:
-                        feed.put(_message(*event))
+                        message = _message(*event)
+                        feed.put(message)
+                        if message.made_at:
+                            self._note_lag((datetime.now(UTC) - message.made_at).total_seconds())
         finally:
             if self._feeds.get(job_id) is feed:
                 del self._feeds[job_id]
@@ -135,8 +143,10 @@ class Hub:
 
 
 def _message(event_id: str, line: str) -> Message:
-    kind = json.loads(line)["type"]
-    return Message(event_id, kind, format_sse_event(id=event_id, event=kind, data_str=line))
+    event = json.loads(line)  # of a newer trainer, perhaps: only its type is sure
+    made_at = datetime.fromisoformat(event["time"]) if "time" in event else None
+    sent = format_sse_event(id=event_id, event=event["type"], data_str=line)
+    return Message(event_id, event["type"], made_at, sent)
 
 
 async def _news(queue: Queue) -> list[News]:

@@ -113,6 +113,9 @@ def _http(request: Request, error: HTTPException) -> Refusal:
     """What the framework itself refuses."""
     status, path = error.status_code, request.url.path
     headers = dict(error.headers or {})
+    if status == 405:  # the framework names the methods of one route of several
+        operations = request.app.openapi()["paths"].get(getattr(request.scope.get("route"), "path", ""), {})
+        headers["Allow"] = ", ".join(map(str.upper, operations)) or headers.get("Allow", "")
     detail = {
         404: f"there is nothing at {path}; GET /docs shows what there is",
         405: f"{request.method} is not for {path}; use {headers.get('Allow', 'another method')}",

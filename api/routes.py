@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
 from api.hub import Hub
+from api.monitoring import Monitor
 from api.planning import Planned, planned
 from api.problems import ProblemDetails, Refusal
-from api.repeat import Submission, spec_of
+from api.repeat import EXAMPLES, Submission, spec_of
 from api.series import EVENT_TYPES, KEYS, Key, Metrics, RunCache
 from api.stream import LOG_TAIL_BYTES, event_stream, log_stream
 from gptcore.dataset import BUILTIN, list_datasets
@@ -43,6 +45,7 @@ class Services:
     store: Store
     keys: KeyRing
     hub: Hub
+    monitor: Monitor
     runs: RunCache
 
 
@@ -57,7 +60,7 @@ def _who(request: Request) -> str:
 
 With = Annotated[Services, Depends(_services)]
 Who = Annotated[str, Depends(_who)]
-Sent = Annotated[Submission, Body()]
+Sent = Annotated[Submission, Body(openapi_examples=EXAMPLES)]
 EventId = Annotated[str | None, Query(pattern=r"^\d{1,9}-\d{1,15}$", description="only what is newer than this event")]
 LastEventId = Annotated[str | None, Header(pattern=r"^\d{1,9}-\d{1,15}$", description="as `after`, and before it")]
 Limit = Annotated[int, Query(ge=1, le=1000)]
@@ -300,7 +303,7 @@ def workers(services: With) -> list[Node]:
 
 
 class NodeChange(BaseModel):
-    schedulable: bool = Field(description="false: no new job is placed there; those it runs go on")
+    schedulable: bool = Field(strict=True, description="false: no new job is placed there; those it runs go on")
 
 
 @router.patch("/workers/{node_id}", tags=["service"])
@@ -327,6 +330,17 @@ def readyz(services: With) -> Health:
     if not any(node.live for node in services.store.list_nodes()):
         raise Refusal(503, "no_worker", "no worker is live; start one: trainmaster worker")
     return Health(status="ready")
+
+
+@router.get(
+    "/metrics",
+    tags=["service"],
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+def prometheus(services: With) -> Response:
+    """For Prometheus: jobs by status, waiting times, speed and loss of running jobs, requests, streams."""
+    return Response(generate_latest(services.monitor.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/", include_in_schema=False)

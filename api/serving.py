@@ -19,7 +19,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 self._app,
                 lifespan="on",
-                log_level="warning",
+                log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=GRACE_SECONDS,
             )

@@ -39,9 +39,11 @@ def _is_loopback(listener: socket.socket) -> bool:
 def serve(listener: socket.socket) -> None:
     """Serve until SIGTERM."""
     # imported here: a parent that only binds the socket needs none of it
+    from api.monitoring import log_json_lines
     from api.serving import Server
     from worker.settings import Settings
 
+    log_json_lines()
     Server(Settings.from_environment(), open_without_keys=_is_loopback(listener)).run(sockets=[listener])
 
 

@@ -110,6 +110,10 @@ class FakeRun:
             self._report = None
 
     @property
+    def directory(self) -> RunDir:
+        return self._dir
+
+    @property
     def events_file(self) -> Any:
         return self._attempt.events
 
