@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from api import files, problems
+from api import compare, files, problems
 from api.guard import MAX_BODY_BYTES, Guard, needed_scope
 from api.hub import Hub
 from api.monitoring import Monitor, Observed
@@ -73,6 +73,7 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
         settings, store, keys, Hub(store, monitor.stream_lag_seconds.observe), monitor, RunCache(settings.runs)
     )
     app.include_router(files.router)
+    app.include_router(compare.router)
     app.include_router(router, max_body_size=MAX_BODY_BYTES)  # of bodies that do not say their length
     app.mount("/static", StaticFiles(directory=STATIC))
     return app

@@ -127,8 +127,15 @@ class Run:
         self._offsets: defaultdict[int, int] = defaultdict(int)  # attempt to bytes read of its events
         self._curves = {key: Curve() for key in KEYS}
         self._samples: dict[int, Sampled] = {}
+        self._started: dict[str, Any] = {}
         self._last_event_id = "0-0"
         self._lock = threading.Lock()  # polls come from many threads
+
+    def started(self) -> dict[str, Any]:
+        """The newest attempt's first event; empty where there is none."""
+        with self._lock:
+            self._read_on()
+            return self._started
 
     def samples(self) -> list[Sampled]:
         """By step."""
@@ -152,6 +159,8 @@ class Run:
 
     def _take(self, event: dict[str, Any]) -> None:
         self._last_event_id = f"{event['attempt']}-{event['seq']}"
+        if event["type"] == "started":
+            self._started = event
         if event["type"] == "sampled":
             self._samples[event["step"]] = Sampled.model_validate(event)
         if event["type"] not in EVENT_TYPES:

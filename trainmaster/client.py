@@ -115,6 +115,10 @@ class Client:
         """A run's curves → {"job_id", "last_event_id", "series": {key: {"step": [], "value": []}}}."""
         return self._call("GET", f"/jobs/{job_id}/metrics", params=query)
 
+    def compare(self, *job_ids: str, **query: Any) -> Json:
+        """Several runs on one axis (`by`: step, tokens, seconds), what differs in their specs, and where they part."""
+        return self._call("GET", "/compare", params={"job": list(job_ids), **query})
+
     def events(self, job_id: str, after: str | None = None) -> Iterator[Json]:
         """Every event of a job, live, until the job has ended; `after` is the id of the last one known.
 

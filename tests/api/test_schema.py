@@ -36,6 +36,7 @@ positive_data_acceptance.expected-statuses = ["2xx", "404", "409", "422"]
 "path.job_id" = "{run}"
 "path.node_id" = "node"
 "path.path" = "spec.json"
+"query.job" = ["{run}", "{waiting}"]
 [[operations]]
 include-path-regex = "pause|resume"
 parameters = {{ "path.job_id" = "{waiting}" }}
