@@ -36,8 +36,8 @@ EVENTS_KEPT = 100_000  # newest of a run in Redis; all of them are in the run di
 FORGET_NODE_SECONDS = 3600.0
 
 SCRIPTS = (
-    "create", "stop", "resume", "delete", "reserve", "claim", "renew", "leave", "ship", "reassert", "finish", "lose",
-    "retire",
+    "create", "list", "stop", "resume", "delete", "reserve", "claim", "renew", "leave", "ship", "reassert", "finish",
+    "lose", "retire",
 )  # fmt: skip
 
 
@@ -161,40 +161,19 @@ class Store:
         """Newest first. `label` is "key" or "key=value"; `after` a page's `next`. Raises BadCursor."""
         if after is not None and not after.isdecimal():
             raise BadCursor(f"after {after!r} is no cursor; use the `next` of the page before")
+        key, has_value, value = (label or "").partition("=")
+        asked = {"status": status, "kind": kind, "name": name, "label": key if label is not None else None}
+        filters = {field: text for field, text in asked.items() if text is not None}
+        if has_value:
+            filters["value"] = value
         below = "+inf" if after is None else f"({after}"
-        matching: list[tuple[str, str]] = []  # job id, its number
-        while len(matching) <= limit:
-            batch = self._redis.zrevrangebyscore(KEYS["jobs"], below, "-inf", 0, 500, withscores=True)
-            numbered = [(job_id, str(int(number))) for job_id, number in batch]
-            matching += self._matching(numbered, label, status=status, kind=kind, name=name)
-            if len(batch) < 500:
-                break
-            below = f"({numbered[-1][1]}"
-        has_more = len(matching) > limit
-        page = matching[:limit]
+        found = self._run("list", below, limit + 1, json.dumps(filters, ensure_ascii=False))
+        page, has_more = found[:limit], len(found) > limit
         return JobPage(
             data=self._get_jobs([job_id for job_id, _ in page]),
             has_more=has_more,
             next=page[-1][1] if has_more else None,
         )
-
-    def _matching(
-        self, numbered: list[tuple[str, str]], label: str | None, **fields: str | None
-    ) -> list[tuple[str, str]]:
-        wanted = {field: value for field, value in fields.items() if value is not None}
-        if label is None and not wanted:
-            return numbered
-        pipeline = self._redis.pipeline(transaction=False)
-        for job_id, _ in numbered:
-            pipeline.hmget(KEYS["job"] + job_id, ["labels", *wanted])
-        key, has_value, value = (label or "").partition("=")
-        found = []
-        for entry, (text, *values) in zip(numbered, pipeline.execute(), strict=True):
-            labels = json.loads(text or "{}") if label is not None else {}
-            labelled = label is None or (key in labels and (not has_value or labels[key] == value))
-            if labelled and values == list(wanted.values()):
-                found.append(entry)
-        return found
 
     def request_cancel(self, job_id: str, who: str = "api") -> Job:
         """Wish a job's end; again and again does no more than once. Raises JobNotFound."""
