@@ -138,19 +138,27 @@ class Agent:
             self._started_at[slot.id] = time.monotonic()
 
     def _end_hung(self) -> None:
-        """Kill what stands still: a stopped worker, or the launcher of a job that has its slot no more.
+        """Kill what stands still: a stopped worker, or the launcher of an attempt that was given up.
 
-        Their work was given up when their lease ran out; until they are gone their slot serves nobody.
+        Until it is gone its slot serves nobody.
         """
-        owners = {slot.id: slot.job_id for node in self._store.list_nodes() for slot in node.slots}
         for slot_id, worker in self._workers.items():
-            hung = _hung(worker, owned=owners.get(slot_id) is not None)
+            hung = self._hung(slot_id, worker)
             since = self._hung_since.setdefault(slot_id, time.monotonic())
             if not hung:
                 del self._hung_since[slot_id]
             elif time.monotonic() - since > self._settings.grace_seconds + HUNG_SECONDS:
                 log.warning("slot %s: process %s hangs and is killed", slot_id, ", ".join(str(p.pid) for p in hung))
                 kill(*hung)
+
+    def _hung(self, slot_id: str, worker: psutil.Process) -> list[psutil.Process]:
+        ticket = slot_lock(self._settings, slot_id).with_suffix(".ticket")
+        with suppress(psutil.NoSuchProcess):
+            if worker.status() == psutil.STATUS_STOPPED:
+                return [worker]
+            launchers = worker.children() if ticket.exists() else []
+            return [] if launchers and self._store.holds(*ticket.read_text().split()) else launchers
+        return []
 
     def _start_worker(self, slot: Slot) -> psutil.Popen:
         command = [sys.executable, "-m", "worker.tasks", slot.model_dump_json()]
@@ -174,14 +182,6 @@ class Agent:
         kill(*late, *psutil.wait_procs(families, timeout=1)[1])
         self._store.close()
         self._rq.close()
-
-
-def _hung(worker: psutil.Process, owned: bool) -> list[psutil.Process]:
-    with suppress(psutil.NoSuchProcess):
-        if worker.status() == psutil.STATUS_STOPPED:
-            return [worker]
-        return [] if owned else worker.children()
-    return []
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -23,7 +23,7 @@ from worker.hardware import GpuMemory
 from worker.hold import AWAY, TICK_SECONDS, Hold, draining, log, patiently
 from worker.job import JobError, Status, Ticket
 from worker.member import BROKEN_SECONDS, Member
-from worker.place import node_address, runs_root_id
+from worker.place import node_address, runs_root_id, slot_lock
 from worker.record import job_of
 from worker.settings import Settings
 from worker.shipper import Shipper
@@ -37,6 +37,8 @@ def run(job_id: str, attempt: int, node_rank: int, slot: str) -> None:
     settings = Settings.from_environment()
     store = Store.connect(settings.redis_url, socket_timeout=2.0)
     ticket = Ticket(job_id=job_id, attempt=attempt, node_rank=node_rank, slot=slot)
+    # for the agent, which ends launchers that hang
+    slot_lock(settings, slot).with_suffix(".ticket").write_text(f"{job_id} {attempt}")
     boot, root, give_up_at = f"{slot}:{os.getpid()}", runs_root_id(settings), time.monotonic() + CLAIM_SECONDS
     if not patiently(lambda: store.claim(ticket, boot, root), settings.grace_seconds, give_up_at):
         log.info("%s: the ticket is no longer good", ticket.id)
@@ -82,10 +84,11 @@ class Launcher:
         if not self._claim_folder():
             return None
         with ExitStack() as locks:
-            if self._outlast(locks):
-                self._ship_all()  # what earlier launchers could not any more
-                if self._shipper.finished:
-                    return self._finish("succeeded", "finished in an earlier attempt")
+            clear = self._outlast(locks)
+            self._ship_all()  # what earlier launchers could not any more
+            if self._shipper.finished:
+                return self._finish("succeeded", "finished in an earlier attempt")
+            if clear:
                 locks.enter_context(shared(self._attempt.lock))
                 self._train(self._settled_spec(spec))
             return self._conclude()
@@ -120,23 +123,24 @@ class Launcher:
         """Wait until no process of an earlier attempt lives, here or elsewhere; false when told to stop.
 
         Their locks stay with us, so that none can begin late. Whoever is still at it on a node that Redis
-        does not hear is told so through the directory.
+        does not hear is told so through the directory; a wish to stop waits for it only so long.
         """
         earlier = [attempt for attempt in self._run_dir.attempts() if attempt.number < self._attempt.number]
+        folders = [attempt.path for attempt in earlier]
         kill_at = time.monotonic() + self._settings.grace_seconds
         held_by_others = [(attempt, locks.enter_context(attempt.lock.open("a")).fileno()) for attempt in earlier]
-        while not self._heed():
+        while True:
+            told = bool(self._heed())
             held_by_others = [(attempt, lock) for attempt, lock in held_by_others if not _take(lock)]
             for attempt, _ in held_by_others:
                 if not attempt.stop.exists():
                     write_atomically(attempt.stop, "pause")
-            left = processes.leftovers(self._ticket, (attempt.path for attempt in earlier))
-            if not held_by_others and not left:
-                return True
+            left = processes.leftovers(self._ticket, folders)
+            if not (held_by_others or left) or (told and time.monotonic() > kill_at + BROKEN_SECONDS):
+                return not told
             if time.monotonic() > kill_at:
                 processes.kill(*left)
             time.sleep(TICK_SECONDS)
-        return False
 
     # ---- during
 

@@ -285,6 +285,11 @@ class Store:
             raise Superseded(f"attempt {attempt} of {job_id} was given up")
         return answer
 
+    def holds(self, job_id: str, attempt: str) -> bool:
+        """Whether this attempt has the job now."""
+        leased = self._redis.zscore(KEYS["leases"], job_id) is not None
+        return leased and bool(self._redis.hget(KEYS["job"] + job_id, "attempt") == attempt)
+
     def record(self, job_id: str) -> dict[str, str]:
         """All fields of a job as they are stored, the job system's own among them."""
         record: dict[str, str] = self._redis.hgetall(KEYS["job"] + job_id)

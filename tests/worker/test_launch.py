@@ -39,8 +39,8 @@ def submit_long(store: Store, **changes: Any) -> str:
     return store.create_job(parse_spec(train_spec(max_steps=5000, **changes)), None)[0].id
 
 
-def ended(store: Store, job_id: str) -> Job:
-    wait_until(lambda: store.get_job(job_id).ended)
+def ended(store: Store, job_id: str, seconds: float = 20.0) -> Job:
+    wait_until(lambda: store.get_job(job_id).ended, seconds)
     return store.get_job(job_id)
 
 
@@ -423,3 +423,18 @@ def test_a_stop_file_of_an_earlier_attempt_stops_no_later_one(
     RunDir(fake.runs / job_id).attempt(1).stop.write_text("cancel")
     job = ended(store, job_id)
     assert (job.status, job.step) == ("succeeded", 12)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_hangs_is_killed_and_its_slot_serves_again(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(fake)
+    job_id = submit_long(store)
+    at_step(store, job_id, 3)
+    hanging = psutil.Process(horse(job_id))
+    hanging.suspend()
+    wait_until(lambda: store.get_job(job_id).status == "recovering", 30)
+    store.request_cancel(job_id)
+    assert ended(store, submit(store), 60).status == "succeeded"
+    assert not hanging.is_running()
