@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
+from api.estimate import estimate
 from gptcore.plan import Hardware, Plan, plan, resolve
 from gptcore.spec import PrepareSpec, Problem, SpecError, TrainSpec
 from worker.settings import Settings
@@ -30,7 +31,8 @@ def planned(spec: TrainSpec | PrepareSpec, settings: Settings, store: Store) -> 
         if (live := store.live_nodes(pool, spec.resources.ranks_per_node)) < spec.resources.nodes:
             warning = f"pool {pool} has {live} live nodes of {spec.resources.nodes}; the job waits until more join"
             numbers = numbers.model_copy(update={"warnings": [*numbers.warnings, warning]})
-        return Planned(spec=resolved, plan=numbers)
+        guess = estimate(resolved, numbers, hardware, settings, store)
+        return Planned(spec=resolved, plan=numbers.model_copy(update={"estimate": guess}))
     numbers = plan(resolved, Hardware(device="cpu" if device == "auto" else device, ranks=ANY_RANKS))
     warning = f"pool {pool} has no live worker; the job waits until one joins, and may not fit it"
     return Planned(spec=resolved, plan=numbers.model_copy(update={"warnings": [*numbers.warnings, warning]}))

@@ -27,6 +27,7 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     grace_seconds: float = 60.0  # from a stop's word to the kill of the whole tree
     max_attempts: int = 3  # lost in a row without a new checkpoint
+    price_per_gpu_hour: float = 0.0  # in whatever currency; 0: none is shown
     trainer: str = ""  # program run in torchrun's place with RUN_DIR --attempt N: tests of process handling
 
     @property
@@ -41,7 +42,7 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
         """Raises ValueError naming the variable that cannot be used."""
         env = {k: v for k, v in (os.environ if environment is None else environment).items() if v}
-        device = env.get("TRAINMASTER_DEVICE", "auto")
+        device, price = env.get("TRAINMASTER_DEVICE", "auto"), "TRAINMASTER_PRICE_PER_GPU_HOUR"
         if device not in DEVICES:
             raise ValueError(f"TRAINMASTER_DEVICE {device!r} is unknown; use one of {', '.join(DEVICES)}")
         return cls(
@@ -56,6 +57,7 @@ class Settings:
             device=cast(Literal["auto", "cpu", "cuda"], device),
             grace_seconds=_number(env, "TRAINMASTER_GRACE_SECONDS", cls.grace_seconds),
             max_attempts=int(_number(env, "TRAINMASTER_MAX_ATTEMPTS", cls.max_attempts)),
+            price_per_gpu_hour=_number(env, price, 0.0) if env.get(price) else 0.0,
             trainer=env.get("TRAINMASTER_TRAINER", ""),
         )
 
@@ -72,6 +74,7 @@ class Settings:
             "TRAINMASTER_DEVICE": self.device,
             "TRAINMASTER_GRACE_SECONDS": str(self.grace_seconds),
             "TRAINMASTER_MAX_ATTEMPTS": str(self.max_attempts),
+            "TRAINMASTER_PRICE_PER_GPU_HOUR": str(self.price_per_gpu_hour or ""),
             "TRAINMASTER_TRAINER": self.trainer,
         }
 
