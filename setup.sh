@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
-extras=${EXTRAS:-api,worker,train,dev}
+extras=${EXTRAS:-api,worker,train,eval,dev}
 venv=.venv
 
 stop() { echo "setup: $*" >&2; exit 1; }

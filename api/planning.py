@@ -5,37 +5,83 @@ from __future__ import annotations
 from pydantic import BaseModel, Field
 
 from api.estimate import estimate
+from gptcore.native import native_class
 from gptcore.plan import Hardware, Plan, plan, resolve
-from gptcore.spec import PrepareSpec, Problem, SpecError, TrainSpec
+from gptcore.rundir import RunDir
+from gptcore.spec import AnySpec, EvalSpec, PrepareSpec, Problem, PublishSpec, SpecError, TrainSpec, children_of
 from worker.settings import Settings
-from worker.store import Store
+from worker.store import JobNotFound, Store
 
 ANY_RANKS = 1 << 20  # nobody is there to say how many are too many
 
 
 class Planned(BaseModel):
-    spec: TrainSpec | PrepareSpec = Field(description="resolved: presets expanded, everything explicit")
+    spec: AnySpec = Field(description="resolved: presets expanded, everything explicit")
     plan: Plan | None = Field(description="the numbers that follow; null for jobs that train nothing")
+    children: list[AnySpec] = Field([], description="the jobs that follow once it has succeeded")
+    parent_job_id: str | None = Field(None, description="the job it is about")
 
 
-def planned(spec: TrainSpec | PrepareSpec, settings: Settings, store: Store) -> Planned:
+def planned(spec: AnySpec, settings: Settings, store: Store) -> Planned:
     """Raises SpecError for what would fail once it ran."""
     if isinstance(spec, PrepareSpec):
         _check_source(spec, settings)
         return Planned(spec=spec, plan=None)
+    if isinstance(spec, EvalSpec | PublishSpec):
+        return Planned(spec=spec, plan=None, parent_job_id=_check_subject(spec, settings, store))
     resolved = resolve(spec, settings.datasets)
     pool, device = spec.resources.pool, spec.resources.device
     hardware = store.pool_hardware(pool, device)
+    children = children_of(resolved)
+    if resolved.publish is not None:
+        _check_publish(resolved, resolved.publish.repo, settings, "/publish")
     if hardware is not None:
         numbers = plan(resolved, hardware)
         if (live := store.live_nodes(pool, spec.resources.ranks_per_node)) < spec.resources.nodes:
             warning = f"pool {pool} has {live} live nodes of {spec.resources.nodes}; the job waits until more join"
             numbers = numbers.model_copy(update={"warnings": [*numbers.warnings, warning]})
         guess = estimate(resolved, numbers, hardware, settings, store)
-        return Planned(spec=resolved, plan=numbers.model_copy(update={"estimate": guess}))
+        numbers = numbers.model_copy(update={"estimate": guess})
+        return Planned(spec=resolved, plan=numbers, children=children)
     numbers = plan(resolved, Hardware(device="cpu" if device == "auto" else device, ranks=ANY_RANKS))
     warning = f"pool {pool} has no live worker; the job waits until one joins, and may not fit it"
-    return Planned(spec=resolved, plan=numbers.model_copy(update={"warnings": [*numbers.warnings, warning]}))
+    numbers = numbers.model_copy(update={"warnings": [*numbers.warnings, warning]})
+    return Planned(spec=resolved, plan=numbers, children=children)
+
+
+def _check_subject(spec: EvalSpec | PublishSpec, settings: Settings, store: Store) -> str | None:
+    """Refuse what is known not to be there; the id of the job that it is about, once that has succeeded."""
+    if isinstance(spec, PublishSpec):
+        _refuse("/repo", settings.refuses_repo(spec.repo))
+    if spec.source.startswith("hf://"):
+        if isinstance(spec, PublishSpec):
+            _refuse("/source", f"source {spec.source!r} is on the Hub already; publish takes a train job's id")
+        return None
+    folder = (settings.runs / spec.source).resolve()
+    if not folder.is_relative_to(settings.runs.resolve()) or not folder.is_dir():
+        _refuse("/source", f"source {spec.source!r} is no job with a run directory and no folder of {settings.runs}")
+    run = RunDir(folder)
+    exported = (folder / "config.json").exists() and isinstance(spec, EvalSpec)
+    if not exported and not any(run.checkpoints.glob("step-*/state.json")):
+        _refuse("/source", f"source {spec.source!r} has no checkpoint yet; name a train job that has saved one")
+    try:
+        job = store.get_job(spec.source)
+    except JobNotFound:
+        return None
+    if job.spec["kind"] == "train" and isinstance(spec, PublishSpec):
+        _check_publish(TrainSpec.model_validate(job.spec), spec.repo, settings, "/source")
+    return job.id if job.status == "succeeded" else None
+
+
+def _check_publish(spec: TrainSpec, repo: str, settings: Settings, pointer: str) -> None:
+    _refuse(f"{pointer}/repo", settings.refuses_repo(repo))
+    name, reason = native_class(spec.model)
+    _refuse(pointer, "" if name else f"no stock transformers class holds this model: {reason}")
+
+
+def _refuse(pointer: str, message: str) -> None:
+    if message:
+        raise SpecError([Problem(pointer=pointer, message=message)])
 
 
 def _check_source(spec: PrepareSpec, settings: Settings) -> None:

@@ -18,7 +18,7 @@ from api.monitoring import Monitor
 from api.planning import Planned, planned
 from api.problems import ProblemDetails, Refusal
 from api.repeat import EXAMPLES, Submission, spec_of
-from api.series import EVENT_TYPES, KEYS, Key, Metrics, RunCache
+from api.series import EVENT_TYPES, Key, Metrics, ResultKey, RunCache
 from api.stream import LOG_TAIL_BYTES, event_stream, log_stream
 from gptcore.dataset import BUILTIN, list_datasets
 from gptcore.events import Event
@@ -115,8 +115,9 @@ def submit(
     if job is None:
         accepted = planned(spec_of(submission, services.store), services.settings, services.store)
         job, _ = services.store.create_job(
-            accepted.spec, accepted.plan, idempotency_key=idempotency_key, body_sha256=body_sha256
-        )
+            accepted.spec, accepted.plan, idempotency_key=idempotency_key, body_sha256=body_sha256,
+            parent_job_id=accepted.parent_job_id, children=accepted.children,
+        )  # fmt: skip
     response.headers["Location"] = f"/jobs/{job.id}"
     return job
 
@@ -131,7 +132,7 @@ def plan(submission: Sent, services: With) -> Planned:
 def jobs(
     services: With,
     status: Status | None = None,
-    kind: Annotated[str | None, Query(description="train, prepare")] = None,
+    kind: Annotated[str | None, Query(description="train, prepare, eval, publish")] = None,
     label: Annotated[str | None, Query(description="key, or key=value")] = None,
     name: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -194,7 +195,7 @@ def metrics(
     job_id: str,
     request: Request,
     services: With,
-    keys: Annotated[list[Key] | None, Query(description="by default all; may be repeated")] = None,
+    keys: Annotated[list[Key | ResultKey] | None, Query(description="by default all; may be repeated")] = None,
     from_step: Annotated[int | None, Query(ge=0)] = None,
     to_step: Annotated[int | None, Query(ge=0)] = None,
     max_points: Annotated[int | None, Query(ge=10, description="a curve; extremes and the last point stay")] = None,
@@ -209,7 +210,7 @@ def metrics(
     if _accepts(request, "text/event-stream"):
         return event_stream(services.hub, services.store, job_id, last_event_id or after or "0-0", EVENT_TYPES)
     window = {"from_step": from_step, "to_step": to_step, "max_points": max_points}
-    found = services.runs.run(job_id).metrics(keys or KEYS, **window)
+    found = services.runs.run(job_id).metrics(keys, **window)
     return PlainTextResponse(found.to_csv(), media_type="text/csv") if _accepts(request, "text/csv") else found
 
 

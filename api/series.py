@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json
@@ -25,8 +25,10 @@ Key = Literal[
     "train_loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_second", "step_seconds",
     "data_wait_seconds", "mfu", "mfu_causal", "peak_memory_bytes",
 ]  # fmt: skip
+# what evaluations name their results: hellaswag_acc_norm, lm_eval:arc_easy/acc@25
+ResultKey = Annotated[str, Field(pattern=r"^(hellaswag_|lm_eval:)")]
 KEYS: tuple[Key, ...] = get_args(Key)
-EVENT_TYPES = ("step", "evaluated")  # those that carry values
+EVENT_TYPES = ("step", "evaluated", "scored")  # those that carry values
 RUNS_KEPT = 32
 
 
@@ -42,7 +44,7 @@ class Points(BaseModel):
 class Metrics(BaseModel):
     job_id: str
     last_event_id: str = Field(description="{attempt}-{seq} of the newest event read: a stream goes on after it")
-    series: dict[Key, Points]
+    series: dict[str, Points]
 
     def to_csv(self) -> str:
         """A row a step, a column a key; empty where there is no value."""
@@ -125,7 +127,7 @@ class Run:
     def __init__(self, path: Path):
         self._run_dir = RunDir(path)
         self._offsets: defaultdict[int, int] = defaultdict(int)  # attempt to bytes read of its events
-        self._curves = {key: Curve() for key in KEYS}
+        self._curves: dict[str, Curve] = {key: Curve() for key in KEYS}
         self._samples: dict[int, Sampled] = {}
         self._started: dict[str, Any] = {}
         self._last_event_id = "0-0"
@@ -143,11 +145,11 @@ class Run:
             self._read_on()
             return [self._samples[step] for step in sorted(self._samples)]
 
-    def metrics(self, keys: Iterable[Key], **window: int | None) -> Metrics:
-        """Read what is new, then answer. `window`: from_step, to_step, max_points."""
+    def metrics(self, keys: Iterable[str] | None = None, **window: int | None) -> Metrics:
+        """Read what is new, then answer: all curves, or those asked for. `window`: from_step, to_step, max_points."""
         with self._lock:
             self._read_on()
-            series = {key: self._curves[key].points(**window) for key in keys}
+            series = {key: self._curves.get(key, Curve()).points(**window) for key in keys or self._curves}
             return Metrics(job_id=self._run_dir.path.name, last_event_id=self._last_event_id, series=series)
 
     def _read_on(self) -> None:
@@ -165,9 +167,12 @@ class Run:
             self._samples[event["step"]] = Sampled.model_validate(event)
         if event["type"] not in EVENT_TYPES:
             return
-        step = event["step"]
+        step, results = event["step"], event.get("results", {})
+        for key in results:
+            self._curves.setdefault(key, Curve())
+        values = results if event["type"] == "scored" else event
         for key, curve in self._curves.items():
-            if (value := event.get(key)) is not None:
+            if (value := values.get(key)) is not None:
                 curve.put(step, float(value))  # also "NaN" and "Infinity"
 
 

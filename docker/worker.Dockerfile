@@ -17,7 +17,7 @@ ARG TORCH_INDEX=
 COPY pyproject.toml constraints.txt setup.sh ./
 RUN mkdir gptcore worker api trainmaster \
  && touch README.md LICENSE gptcore/__init__.py worker/__init__.py api/__init__.py trainmaster/__init__.py \
- && EXTRAS=worker,train ./setup.sh
+ && EXTRAS=worker,train,eval ./setup.sh
 
 COPY . .
 USER trainmaster

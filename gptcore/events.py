@@ -32,7 +32,7 @@ class EventBase(BaseModel):
         return f"{self.attempt}-{self.seq}"
 
 
-Phase = Literal["preparing", "compiling", "training", "evaluating", "checkpointing", "exporting"]
+Phase = Literal["preparing", "compiling", "training", "evaluating", "checkpointing", "exporting", "publishing"]
 
 
 class Started(EventBase):
@@ -98,6 +98,19 @@ class Evaluated(EventBase):
     seconds: float
 
 
+class Scored(EventBase):
+    """A task's results by name: hellaswag_acc_norm, lm_eval:arc_easy/acc, with @K behind it where K solved
+    examples stood before each question. `stderr` has the standard errors that are known."""
+
+    type: Literal["scored"] = "scored"
+    step: int  # of the weights; 0 where they are no job's
+    task: str
+    results: dict[str, float]
+    stderr: dict[str, float] = {}
+    items: int | None = None
+    seconds: float
+
+
 class Sampled(EventBase):
     type: Literal["sampled"] = "sampled"
     step: int
@@ -151,8 +164,27 @@ class Exported(EventBase):
     native_class: str
 
 
+class Verified(EventBase):
+    """How far the exported folder, loaded by stock `transformers` in a process of its own, is from our model."""
+
+    type: Literal["verified"] = "verified"
+    step: int
+    numbers: dict[str, float]  # differences by name
+    problems: list[str]  # empty: it may be published
+
+
+class Published(EventBase):
+    type: Literal["published"] = "published"
+    step: int
+    repo: str
+    commit: str
+    tag: str
+    url: str
+    private: bool
+
+
 class Finished(EventBase):
-    """The run ended well. For `prepare` jobs only `seconds` and `tokens` say anything."""
+    """The run ended well. For jobs that train nothing only `seconds` and `tokens` say anything."""
 
     type: Literal["finished"] = "finished"
     step: int = 0
@@ -174,15 +206,16 @@ class Failed(EventBase):
     """`user_error`: what to change stands in the message, a new attempt would end the same way."""
 
     type: Literal["failed"] = "failed"
-    reason: Literal["user_error", "out_of_memory", "disk_full", "diverged", "crash"]
+    # unavailable: something elsewhere that may be back; mismatch: the export is not the model
+    reason: Literal["user_error", "out_of_memory", "disk_full", "diverged", "mismatch", "unavailable", "crash"]
     message: str
     rank: int = 0
     traceback: str = ""
 
 
 Event = Annotated[
-    Started | PhaseChanged | Notice | Step | Evaluated | Sampled | Checkpointed | Skipped
-    | RolledBack | Resumed | Exported | Finished | Stopped | Failed,
+    Started | PhaseChanged | Notice | Step | Evaluated | Scored | Sampled | Checkpointed | Skipped
+    | RolledBack | Resumed | Exported | Verified | Published | Finished | Stopped | Failed,
     Field(discriminator="type"),
 ]  # fmt: skip
 EVENT: TypeAdapter[Any] = TypeAdapter(Event)

@@ -75,19 +75,23 @@ def write_tokenizer(folder: Path, tokenizer: str, block_size: int) -> None:
                   for left, right in merges_of(ranks)]  # fmt: skip
         vocab[EOT_TEXT] = GPT2_EOT
     else:
-        vocab, merges = {alphabet[b]: b for b in range(256)}, []
+        # byte 0 stands between documents and in no text, so its place is the special token's: the
+        # harness and others need one
+        vocab, merges = {EOT_TEXT: 0} | {alphabet[b]: b for b in range(1, 256)}, []
     fast = FastTokenizer(BPE(vocab=vocab, merges=merges))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=tokenizer == "gpt2")
     fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens([AddedToken(EOT_TEXT, special=True)])
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
+        "bos_token": EOT_TEXT,
+        "eos_token": EOT_TEXT,
+        "unk_token": EOT_TEXT,
     }
     if tokenizer == "gpt2":
-        fast.add_special_tokens([AddedToken(EOT_TEXT, special=True)])
         config |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
-        config |= {"bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT}
     fast.save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", config)
 

@@ -21,13 +21,24 @@ class Diverged(RuntimeError):
     """The guard went back as often as it may."""
 
 
+class Mismatch(RuntimeError):
+    """The exported folder is not the model that was trained."""
+
+
+class Unavailable(RuntimeError):
+    """Something elsewhere does not answer, and may do so later."""
+
+
+REASONS: dict[type[BaseException], str] = {
+    SpecError: "user_error", Diverged: "diverged", Mismatch: "mismatch", Unavailable: "unavailable",
+}  # fmt: skip
+
+
 def describe(error: BaseException, rank: int) -> Failed:
     """The event for an exception: what kind it is decides whether another attempt can help."""
     reason, message = "crash", f"{type(error).__name__}: {error}"
-    if isinstance(error, SpecError):
-        reason, message = "user_error", str(error)
-    elif isinstance(error, Diverged):
-        reason, message = "diverged", str(error)
+    if type(error) in REASONS:
+        reason, message = REASONS[type(error)], str(error)
     elif isinstance(error, torch.OutOfMemoryError):
         reason = "out_of_memory"
         message += "; use a smaller micro_batch_size, or activation_checkpointing"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptcore.events import Evaluated, EventBase, JsonlReport, Report, Step
+from gptcore.events import Evaluated, EventBase, JsonlReport, Report, Scored, Step
 from gptcore.rundir import Attempt
 
 
@@ -29,6 +29,8 @@ def _line(event: EventBase) -> str:
         case Evaluated():
             mark = " best" if event.best else ""
             return f"step {event.step} | val_loss {event.val_loss:.4f} | {event.bits_per_byte:.4f} bits/byte{mark}"
+        case Scored():
+            return f"step {event.step} | " + " | ".join(f"{name} {value:.4f}" for name, value in event.results.items())
         case _:
             fields = event.model_dump(mode="json", exclude={"type", "attempt", "seq", "time"})
             said = " | ".join(f"{key} {value}" for key, value in fields.items() if value not in ("", None))

@@ -31,7 +31,8 @@ def rope_tables(spec: ModelSpec) -> tuple[Tensor, Tensor]:
 
     Direction "backward" negates the angle: nanochat's classes turn that way.
     """
-    inverse = spec.rope_theta ** (-torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
+    # as the Hub's classes round it: an ulp more here is 1e-4 radians at position 1024, and as much in the logits
+    inverse = 1.0 / spec.rope_theta ** (torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim)
     angles = torch.outer(torch.arange(spec.block_size, dtype=torch.float32), inverse)
     angles = torch.cat((angles, angles), dim=-1)
     sign = 1.0 if spec.rope_direction == "forward" else -1.0
@@ -61,7 +62,7 @@ class Attention(nn.Module):
         # nanochat normalises after the rotation, Qwen3 before; they differ once the norm has a gain
         self.norm_after_rope = spec.norm == "rmsnorm_plain"
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None = None) -> Tensor:
         B, T, _ = x.shape
         q = self.q(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -74,7 +75,7 @@ class Attention(nn.Module):
         if self.norm_after_rope:
             q, k = self._normalise(q, k)
         y = F.scaled_dot_product_attention(
-            q, k, v.to(q.dtype), is_causal=True, enable_gqa=self.n_kv_head != self.n_head
+            q, k, v.to(q.dtype), mask, is_causal=mask is None, enable_gqa=self.n_kv_head != self.n_head
         )
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -113,11 +114,11 @@ class Block(nn.Module):
         self.mlp_norm = norm_layer(spec, spec.n_embd)
         self.mlp = MLP(spec)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None = None) -> Tensor:
         if self.norm_first:
-            x = x + self.attn(self.attn_norm(x), rope)
+            x = x + self.attn(self.attn_norm(x), rope, mask)
             return x + self.mlp(self.mlp_norm(x))
-        x = self.attn_norm(x + self.attn(x, rope))
+        x = self.attn_norm(x + self.attn(x, rope, mask))
         return self.mlp_norm(x + self.mlp(x))
 
 
@@ -164,21 +165,30 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) int64 → last hidden states (B, T, C), normalised."""
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """tokens (B, T) int64 → last hidden states (B, T, C), normalised.
+
+        With positions (B, T) and mask (B, 1, T, T), true where a query may look: several continuations
+        of one text in one row. Without: each row is a text.
+        """
         T = tokens.shape[1]
-        assert self.spec.block_size >= T, f"{T} tokens in a block of {self.spec.block_size}"
+        assert positions is not None or self.spec.block_size >= T, f"{T} tokens in a block of {self.spec.block_size}"
         x = self.wte(tokens)  # (B, T, C)
         if self.wpe is not None:
-            x = x + self.wpe.weight[:T]
+            x = x + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        rope = (self.cos[:T], self.sin[:T]) if self.spec.position == "rope" else None
+        rope = None
+        if self.spec.position == "rope":
+            # heads share a row's angles: (T, D), or (B, 1, T, D) where the rows differ
+            rope = (self.cos[:T], self.sin[:T]) if positions is None else (
+                self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+            )  # fmt: skip
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
-                x = block(x, rope)
+                x = block(x, rope, mask)
         return x if self.final_norm is None else self.final_norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:

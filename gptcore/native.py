@@ -125,7 +125,8 @@ class NativeTensor:
 def native_tensors(model: ModelSpec) -> list[NativeTensor]:
     """Every tensor of the class that holds `model`: the one table for export and import.
 
-    GPT-2 goes without the `transformer.` prefix, as its own file does: MLX reads only that form.
+    GPT-2 goes without the `transformer.` prefix, as its own file does: MLX reads only that form. With a
+    head of its own it keeps the prefix: transformers 4 takes the mixture for a damaged file.
     """
     name, reason = native_class(model)
     assert name is not None, reason
@@ -133,8 +134,9 @@ def native_tensors(model: ModelSpec) -> list[NativeTensor]:
 
 
 def _gpt2_tensors(model: ModelSpec) -> list[NativeTensor]:
-    found = [NativeTensor("wte.weight", ("wte.weight",)), NativeTensor("wpe.weight", ("wpe.weight",))]
-    found += [NativeTensor(f"ln_f.{kind}", (f"final_norm.{kind}",)) for kind in ("weight", "bias")]
+    prefix = "" if model.tie_embeddings else "transformer."
+    found = [NativeTensor(f"{prefix}{table}", (table,)) for table in ("wte.weight", "wpe.weight")]
+    found += [NativeTensor(f"{prefix}ln_f.{kind}", (f"final_norm.{kind}",)) for kind in ("weight", "bias")]
     if not model.tie_embeddings:
         found.append(NativeTensor("lm_head.weight", ("lm_head.weight",)))
     modules = {
@@ -146,7 +148,7 @@ def _gpt2_tensors(model: ModelSpec) -> list[NativeTensor]:
             for kind in ("weight", "bias"):
                 turned = kind == "weight" and not theirs.startswith("ln")
                 names = tuple(f"blocks.{i}.{x}.{kind}" for x in ours)
-                found.append(NativeTensor(f"h.{i}.{theirs}.{kind}", names, turned))
+                found.append(NativeTensor(f"{prefix}h.{i}.{theirs}.{kind}", names, turned))
     return found
 
 

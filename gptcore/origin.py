@@ -33,7 +33,7 @@ class Origin:
 
 def load_origin(init: InitSpec, model: ModelSpec, runs: Path) -> Origin:
     """What `init_from` names. Raises SpecError where it is not there or is of another shape."""
-    folder = _folder(init.source, runs)
+    folder = locate(init.source, runs, "/init_from/source")
     if (folder / "config.json").is_file():
         if init.optimizer:
             raise _refusal(f"{init.source} is a Hub folder, which has no optimiser state; leave optimizer out")
@@ -50,15 +50,18 @@ def load_origin(init: InitSpec, model: ModelSpec, runs: Path) -> Origin:
     return Origin(chosen.weights(), chosen if init.optimizer else None)
 
 
-def _folder(source: str, runs: Path) -> Path:
+def locate(source: str, runs: Path, pointer: str) -> Path:
+    """The folder of a job's id, of a path in the runs root, or fetched from the Hub: hf://owner/name@revision."""
     if source.startswith(_HUB_PREFIX):
         from huggingface_hub import snapshot_download
 
         repo, _, revision = source.removeprefix(_HUB_PREFIX).partition("@")
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]))
+        wanted = ["*.json", "*.safetensors", "merges.txt", "tokenizer.model"]
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
     folder = (runs / source).resolve()
     if not folder.is_relative_to(runs.resolve()) or not folder.is_dir():
-        raise _refusal(f"{source} is no folder of {runs}; give a job's id, a folder there, or hf://owner/name")
+        message = f"{source} is no folder of {runs}; give a job's id, a folder there, or hf://owner/name"
+        raise SpecError([Problem(pointer=pointer, message=message)])
     return folder
 
 
@@ -123,7 +126,8 @@ def import_weights(model: ModelSpec, tensors: dict[str, Tensor]) -> dict[str, Te
     tensors = {name.removeprefix("transformer."): tensor.float() for name, tensor in tensors.items()}
     out: dict[str, Tensor] = {}
     for native in native_tensors(model):
-        tensor = tensors[native.name].t() if native.turned else tensors[native.name]
+        tensor = tensors[native.name.removeprefix("transformer.")]
+        tensor = tensor.t() if native.turned else tensor
         out |= dict(zip(native.ours, tensor.chunk(len(native.ours)), strict=True))
     for table in VOCAB_TABLES:
         if table in out:

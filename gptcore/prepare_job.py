@@ -2,65 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
-import platform
 import time
-from pathlib import Path
 
-from gptcore.dataset import Dataset
-from gptcore.events import Finished, PhaseChanged, Report, Started, Stopped
-from gptcore.failure import report_failure
-from gptcore.locks import shared
-from gptcore.log import reporter
+from gptcore.events import Finished, PhaseChanged
+from gptcore.job_process import Process, run_job
 from gptcore.prepare import adopt_shards, prepare
-from gptcore.procs import die_with_parent
-from gptcore.rundir import Attempt, RunDir, datasets_root
+from gptcore.rundir import datasets_root
 from gptcore.sources import Source, hub_files, jsonl_files, parquet_files, text_files
-from gptcore.spec import PrepareSpec, SourceSpec, read_spec
+from gptcore.spec import PrepareSpec, SourceSpec
 
 REPORT_EVERY_SECONDS = 1.0
 
 
-class Told(Exception):
-    """The stop file appeared; what is done so far is kept."""
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gptcore.prepare", description=__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--attempt", type=int, required=True)
-    arguments = parser.parse_args(argv)
-    die_with_parent()
-    run = RunDir(arguments.run_dir.absolute())
-    attempt = run.attempt(arguments.attempt)
-    with shared(attempt.lock):
-        report = reporter(attempt, first=True)
-        try:
-            spec = read_spec(run.spec)
-            assert isinstance(spec, PrepareSpec), f"a {spec.kind} job came to prepare"
-            _run(spec, attempt, report)
-        except Told as told:
-            report(Stopped.model_validate({"step": 0, "reason": str(told)}))
-        except (KeyboardInterrupt, Exception) as error:
-            report_failure(error, 0, attempt, report)
-            raise
-    return 0
+    return run_job(PrepareSpec, _run, argv)
 
 
-def _run(spec: PrepareSpec, attempt: Attempt, report: Report) -> Dataset:
+def _run(process: Process[PrepareSpec]) -> Finished:
+    spec, report = process.spec, process.report
     began = last = time.monotonic()
-    report(
-        Started(
-            kind="prepare", device="cpu", device_name="cpu", world_size=1, threads=1, precision="", compiled=False,
-            micro_batch_size=0, grad_accum_steps=0, parameters=0, total_steps=0, tokens_per_step=0,
-            versions={"python": platform.python_version()},
-        )
-    )  # fmt: skip
+    process.started("prepare")
 
     def progress(documents: int, tokens: int) -> None:
         nonlocal last
-        if attempt.stop.exists():
-            raise Told(attempt.stop.read_text().strip())
+        process.heed()
         if time.monotonic() - last >= REPORT_EVERY_SECONDS:
             last = time.monotonic()
             share = tokens / spec.max_tokens if spec.max_tokens else None
@@ -78,8 +43,7 @@ def _run(spec: PrepareSpec, attempt: Attempt, report: Report) -> Dataset:
             val_fraction=spec.val_fraction, max_tokens=spec.max_tokens, shard_tokens=spec.shard_tokens,
             progress=progress,
         )  # fmt: skip
-    report(Finished(tokens=dataset.train.tokens + dataset.val.tokens, seconds=time.monotonic() - began))
-    return dataset
+    return Finished(tokens=dataset.train.tokens + dataset.val.tokens, seconds=time.monotonic() - began)
 
 
 def open_source(source: SourceSpec) -> Source:

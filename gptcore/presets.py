@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -58,6 +58,55 @@ PRESETS: dict[str, dict[str, Any]] = {
     for size in _SIZES
     if family == "gpt2" or size in ("tiny", "124m", "350m")
 }
+
+
+def expand(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's fields with those that its preset and its other fields imply. Raises ValueError."""
+    preset = given.get("preset")
+    fields = dict(given)
+    if preset is not None:
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ValueError(f"preset {preset!r} is unknown; {closest(str(preset), PRESETS)}")
+        fields = _drop_derived(PRESETS[preset], given) | fields
+    return _fill_derived(fields)
+
+
+def _drop_derived(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset without the widths that must follow a width the user changed."""
+    fields = dict(preset)
+    if given.keys() & {"n_embd", "n_head"}:
+        fields.pop("head_dim", None)
+    if given.keys() & {"n_embd", "mlp"}:
+        fields.pop("n_hidden", None)
+    if "n_head" in given and "n_kv_head" not in given:
+        # keep the preset's ratio of query to key/value heads where it fits, else plain attention
+        ratio = preset["n_head"] // preset["n_kv_head"]
+        n_head = given["n_head"]
+        fits = isinstance(n_head, int) and n_head % ratio == 0
+        fields["n_kv_head"] = n_head // ratio if fits else n_head
+    return fields
+
+
+def _fill_derived(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fill n_kv_head, head_dim and n_hidden where they follow from other fields."""
+    n_embd, n_head = fields.get("n_embd"), fields.get("n_head")
+    if not (isinstance(n_embd, int) and isinstance(n_head, int) and n_embd > 0 and n_head > 0):
+        return fields  # the field checks will say so
+    fields.setdefault("n_kv_head", n_head)
+    if "head_dim" not in fields:
+        if n_embd % n_head:
+            divisors = [h for h in range(1, n_embd + 1) if n_embd % h == 0]
+            near = sorted(divisors, key=lambda h: abs(h - n_head))[:3]
+            raise ValueError(
+                f"n_embd {n_embd} is not divisible by n_head {n_head}; "
+                f"use n_head {', '.join(map(str, sorted(near)))}, or set head_dim"
+            )
+        fields["head_dim"] = n_embd // n_head
+    if "n_hidden" not in fields:
+        swiglu = fields.get("mlp", "swiglu") == "swiglu"
+        # 8/3 n_embd keeps a gated MLP's parameters at those of a plain one of 4 n_embd
+        fields["n_hidden"] = -(-(8 * n_embd // 3) // 256) * 256 if swiglu else 4 * n_embd
+    return fields
 
 
 def closest(word: str, known: Iterable[str]) -> str:

@@ -86,6 +86,11 @@ class RunDir:
     def export(self) -> Path:
         return self.path / "export"
 
+    @property
+    def evaluations(self) -> Path:
+        """Results of eval jobs on this run's checkpoints, a file a job."""
+        return self.path / "evaluations"
+
     def attempt(self, number: int) -> Attempt:
         return Attempt(number, self.path / "attempts" / f"{number:04d}")
 

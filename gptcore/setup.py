@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from gptcore import device as devices
 from gptcore.checkpoint import list_checkpoints
@@ -23,6 +25,7 @@ from gptcore.dataset import Dataset, read_dataset
 from gptcore.dist import Dist, close, start
 from gptcore.events import Notice, PhaseChanged, Report, Started
 from gptcore.failure import report_failure
+from gptcore.hellaswag import Item, load_items
 from gptcore.locks import shared
 from gptcore.log import reporter
 from gptcore.model import GPT
@@ -33,7 +36,7 @@ from gptcore.prepare import prepare_builtin
 from gptcore.procs import die_with_parent
 from gptcore.rundir import Attempt, RunDir, datasets_root, runs_root, write_atomically
 from gptcore.spec import Problem, SpecError, TrainSpec, read_spec
-from gptcore.train import Trainer, wrap
+from gptcore.train import Trainer
 
 PREPARING_SECONDS = 24 * 3600.0
 
@@ -147,7 +150,15 @@ def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: A
         train_windows=Sequence(train_windows, spec.seed),
         val=val,
         peak_flops=peak_flops(hardware.device_name),
+        hellaswag_items=_hellaswag_items() if spec.evaluate.hellaswag else [],
     )
+
+
+def _hellaswag_items() -> list[Item]:
+    try:
+        return load_items(datasets_root(), "validation")
+    except FileNotFoundError as error:
+        raise SpecError([Problem(pointer="/evaluate/hellaswag", message=str(error))]) from error
 
 
 def _dataset(spec: TrainSpec, rank: int, report: Report) -> Dataset:
@@ -220,3 +231,16 @@ def _version() -> str:
         return version("trainmaster")
     except PackageNotFoundError:  # run from a source tree that is not installed
         return "source"
+
+
+def wrap(model: GPT, compiled: bool, dist: Dist) -> tuple[Any, Any]:
+    """The model's loss function, compiled where asked, and the same with gradients shared by ranks."""
+    forward: Any = torch.compile(model, dynamic=False) if compiled else model
+    if dist.world_size == 1:
+        return forward, forward
+    device_ids = [dist.local_rank] if dist.device.type == "cuda" else None
+    # RoPE's tables are constants, so there are no buffers to send at each forward pass
+    replica = DistributedDataParallel(
+        forward, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
+    return forward, replica

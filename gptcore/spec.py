@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -23,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from gptcore.presets import PRESETS, closest
+from gptcore.presets import closest, expand
 
 VOCAB_MULTIPLE = 128  # training pads the vocabulary to this; the export cuts it off again
 
@@ -47,6 +48,19 @@ class SpecError(ValueError):
     def __init__(self, problems: list[Problem]):
         self.problems = problems
         super().__init__("; ".join(f"{p.pointer or '/'}: {p.message}" for p in problems))
+
+
+def _known_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
+    for task in tasks:
+        if not re.fullmatch(r"val_loss|hellaswag(@\d{1,2})?|lm_eval:[\w.,/-]{1,200}(@\d{1,3})?", task):
+            raise ValueError(
+                f"{task!r} is no task; use val_loss, hellaswag, or one of lm-evaluation-harness as lm_eval:NAME; "
+                "@10 behind a name shows the model ten solved examples first"
+            )
+    return tasks
+
+
+Tasks = Annotated[tuple[str, ...], Field(max_length=100), AfterValidator(_known_tasks)]
 
 
 class Spec(BaseModel):
@@ -97,13 +111,7 @@ class ModelSpec(Spec):
     def _expand_preset(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        preset = given.get("preset")
-        fields = dict(given)
-        if preset is not None:
-            if not isinstance(preset, str) or preset not in PRESETS:
-                raise ValueError(f"preset {preset!r} is unknown; {closest(str(preset), PRESETS)}")
-            fields = _drop_derived(PRESETS[preset], given) | fields
-        return _fill_derived(fields)
+        return expand(given)
 
     @model_validator(mode="after")
     def _check_shape(self) -> ModelSpec:
@@ -120,44 +128,6 @@ class ModelSpec(Spec):
     def padded_vocab_size(self) -> int:
         assert self.vocab_size is not None, "vocab_size is resolved from the dataset first"
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-def _drop_derived(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset without the widths that must follow a width the user changed."""
-    fields = dict(preset)
-    if given.keys() & {"n_embd", "n_head"}:
-        fields.pop("head_dim", None)
-    if given.keys() & {"n_embd", "mlp"}:
-        fields.pop("n_hidden", None)
-    if "n_head" in given and "n_kv_head" not in given:
-        # keep the preset's ratio of query to key/value heads where it fits, else plain attention
-        ratio = preset["n_head"] // preset["n_kv_head"]
-        n_head = given["n_head"]
-        fits = isinstance(n_head, int) and n_head % ratio == 0
-        fields["n_kv_head"] = n_head // ratio if fits else n_head
-    return fields
-
-
-def _fill_derived(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fill n_kv_head, head_dim and n_hidden where they follow from other fields."""
-    n_embd, n_head = fields.get("n_embd"), fields.get("n_head")
-    if not (isinstance(n_embd, int) and isinstance(n_head, int) and n_embd > 0 and n_head > 0):
-        return fields  # the field checks will say so
-    fields.setdefault("n_kv_head", n_head)
-    if "head_dim" not in fields:
-        if n_embd % n_head:
-            divisors = [h for h in range(1, n_embd + 1) if n_embd % h == 0]
-            near = sorted(divisors, key=lambda h: abs(h - n_head))[:3]
-            raise ValueError(
-                f"n_embd {n_embd} is not divisible by n_head {n_head}; "
-                f"use n_head {', '.join(map(str, sorted(near)))}, or set head_dim"
-            )
-        fields["head_dim"] = n_embd // n_head
-    if "n_hidden" not in fields:
-        swiglu = fields.get("mlp", "swiglu") == "swiglu"
-        # 8/3 n_embd keeps a gated MLP's parameters at those of a plain one of 4 n_embd
-        fields["n_hidden"] = -(-(8 * n_embd // 3) // 256) * 256 if swiglu else 4 * n_embd
-    return fields
 
 
 class DataSpec(Spec):
@@ -196,10 +166,16 @@ class OptimSpec(Spec):
         return self
 
 
+class HellaSwagSpec(Spec):
+    every_steps: int = Field(1000, ge=1)
+    items: int = Field(1000, ge=2, description="a fixed sample, in the end all")
+
+
 class EvaluateSpec(Spec):
     every_steps: int = Field(250, ge=1)
     eval_tokens: int = Field(10_485_760, ge=1, description="the same validation tokens each time")
-    hellaswag: None = Field(None, description="reserved; must be null")
+    hellaswag: HellaSwagSpec | None = Field(None, description="while training")
+    final_tasks: Tasks = Field((), description="of an eval job that follows, on the best checkpoint")
 
 
 class CheckpointSpec(Spec):
@@ -221,6 +197,27 @@ class InitSpec(Spec):
         min_length=1, max_length=500, description="a job id, a Hub folder in the runs root, or hf://owner/name"
     )
     optimizer: bool = Field(False, description="also its optimiser state and counters: extends the run")
+
+
+class PublishTarget(Spec):
+    """Where on the Hugging Face Hub a model goes, and as what."""
+
+    repo: str = Field(description="owner/name; the worker's TRAINMASTER_HF_NAMESPACES must list the owner")
+    private: bool = True
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="of the weights in the files")
+    license: str | None = Field(None, max_length=100, description="the Hub's name of it, for the model card: mit, ...")
+
+    @field_validator("repo")
+    @classmethod
+    def _hub_accepts(cls, repo: str) -> str:
+        part = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+        bad = "--" in repo or ".." in repo or repo.endswith(".git") or len(repo) > 96
+        if bad or not re.fullmatch(f"{part}/{part}", repo):
+            raise ValueError(
+                f"repo {repo!r} is no name the Hub accepts; use owner/name of letters, digits, '-', '_' and '.', "
+                "at most 96, without '--', '..' or '.git' at the end"
+            )
+        return repo
 
 
 class ResourcesSpec(Spec):
@@ -255,7 +252,7 @@ class TrainSpec(JobBase):
     sample: SampleSpec | None = None
     init_from: InitSpec | None = None
     profile_steps: tuple[int, int] | None = Field(None, description="first and last step traced by torch.profiler")
-    publish: None = Field(None, description="reserved; must be null")
+    publish: PublishTarget | None = Field(None, description="the best checkpoint, by a job that follows")
 
     @field_validator("micro_batch_size")
     @classmethod
@@ -310,12 +307,50 @@ class PrepareSpec(JobBase):
     shard_tokens: int = Field(100_000_000, ge=1024)
 
 
-JobSpec = Annotated[TrainSpec | PrepareSpec, Field(discriminator="kind")]
-_JOB_SPEC: TypeAdapter[TrainSpec | PrepareSpec] = TypeAdapter(JobSpec)
-KINDS = ("train", "prepare")
+class SourceModel(JobBase):
+    """A job about a model that exists. `parent` is what a train job's own children say for its id."""
+
+    source: str = Field(
+        min_length=1, max_length=500, description="a train job's id, a Hub folder in the runs root, or hf://owner/name"
+    )
+    step: int | None = Field(None, ge=0, description="of a job's checkpoint; null: its best")
 
 
-def parse_spec(data: object) -> TrainSpec | PrepareSpec:
+class EvalSpec(SourceModel):
+    kind: Literal["eval"]
+    tasks: Tasks = Field(min_length=1)
+    limit: int | None = Field(None, ge=2, description="only so many items of each task, the first ones")
+    dataset: Name | None = Field(None, description="val_loss: another than the job's own")
+    eval_tokens: int | None = Field(None, ge=1, description="val_loss: other than the job's own")
+
+
+class PublishSpec(SourceModel, PublishTarget):
+    """Export, check, upload: one commit on `main`, tagged step-N."""
+
+    kind: Literal["publish"]
+
+
+AnySpec = TrainSpec | PrepareSpec | EvalSpec | PublishSpec
+JobSpec = Annotated[AnySpec, Field(discriminator="kind")]
+_JOB_SPEC: TypeAdapter[AnySpec] = TypeAdapter(JobSpec)
+KINDS = ("train", "prepare", "eval", "publish")
+
+
+def children_of(spec: TrainSpec) -> list[EvalSpec | PublishSpec]:
+    """The jobs that follow a train job: on its best checkpoint, in its pool."""
+    resources = spec.resources.model_copy(update={"nodes": 1, "ranks_per_node": 1, "max_duration_seconds": None})
+    common: dict[str, Any] = {"labels": spec.labels, "resources": resources, "source": "parent"}
+    children: list[EvalSpec | PublishSpec] = []
+    if spec.evaluate.final_tasks:
+        tasks = spec.evaluate.final_tasks
+        children.append(EvalSpec(kind="eval", name=f"{spec.name[:90]}-eval", tasks=tasks, **common))
+    if spec.publish is not None:
+        target = spec.publish.model_dump()
+        children.append(PublishSpec(kind="publish", name=f"{spec.name[:90]}-publish", **common, **target))
+    return children
+
+
+def parse_spec(data: object) -> AnySpec:
     """A spec from decoded JSON. Raises SpecError naming each field, its value and the way out."""
     try:
         return _JOB_SPEC.validate_python(data)
@@ -323,7 +358,7 @@ def parse_spec(data: object) -> TrainSpec | PrepareSpec:
         raise SpecError(problems_of(error.errors(include_url=False))) from error
 
 
-def read_spec(path: Path) -> TrainSpec | PrepareSpec:
+def read_spec(path: Path) -> AnySpec:
     """A spec from a JSON file. Raises SpecError, also for text that is not JSON."""
     try:
         data = json.loads(path.read_text())

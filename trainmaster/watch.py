@@ -43,6 +43,11 @@ class Follower:
             case "evaluated":
                 self.val_loss = float(event["val_loss"])
                 return f"step {event['step']}: {self.numbers()}"
+            case "scored":
+                results = ", ".join(f"{name} {value:.4f}" for name, value in event["results"].items())
+                return f"step {event['step']}: {results}"
+            case "published":
+                return f"published {event['url']}, {event['tag']}"
             case "notice" | "failed":
                 return str(event["message"])
             case "skipped" | "rolled_back":

@@ -99,6 +99,7 @@ class Job(Record):
     spec: dict[str, Any]
     plan: dict[str, Any] | None = None
     best_checkpoint: BestCheckpoint | None = None
+    results: dict[str, float] = {}  # of evaluations, by name
     published: dict[str, Any] | None = None
     parent_job_id: str | None = None
     error: JobError | None = None

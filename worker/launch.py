@@ -17,7 +17,7 @@ from pathlib import Path
 from gptcore.events import Failed, Finished, JsonlReport, Notice
 from gptcore.locks import shared
 from gptcore.rundir import RunDir, write_atomically
-from gptcore.spec import PrepareSpec, SpecError, TrainSpec, parse_spec, read_spec
+from gptcore.spec import AnySpec, PublishSpec, SpecError, parse_spec, read_spec
 from worker import processes, trainer
 from worker.hardware import GpuMemory
 from worker.hold import AWAY, TICK_SECONDS, Hold, draining, log, patiently
@@ -76,11 +76,13 @@ class Launcher:
         except OSError as error:  # a full disk, a runs root that cannot be written: the job says so
             self._give_up("worker", f"{type(error).__name__}: {error}")
 
-    def _run(self, spec: TrainSpec | PrepareSpec) -> None:
+    def _run(self, spec: AnySpec) -> None:
         self._limit = spec.resources.max_duration_seconds
         if (owner := self._run_dir.owner()) not in ("", self._job.id):
             message = f"{self._run_dir.path} is the run directory of {owner}; move it away and submit the job again"
             return self._fail("foreign_run_dir", message)
+        if isinstance(spec, PublishSpec) and (message := self._settings.refuses_repo(spec.repo)):
+            return self._fail("invalid_spec", message)
         if not self._claim_folder():
             return None
         with ExitStack() as locks:
@@ -107,7 +109,7 @@ class Launcher:
         write_atomically(self._run_dir.owner_mark, self._job.id)
         return True
 
-    def _settled_spec(self, spec: TrainSpec | PrepareSpec) -> TrainSpec | PrepareSpec:
+    def _settled_spec(self, spec: AnySpec) -> AnySpec:
         """The spec that the run began with, whatever Redis says later."""
         if not self._run_dir.spec.exists():
             write_atomically(self._run_dir.spec, spec.model_dump_json(indent=2))
@@ -144,7 +146,7 @@ class Launcher:
 
     # ---- during
 
-    def _train(self, spec: TrainSpec | PrepareSpec) -> None:
+    def _train(self, spec: AnySpec) -> None:
         """Run the trainer to its end, all events shipped. Raises Superseded, the trainer stopped."""
         meeting = trainer.Meeting(node_address(self._settings), trainer.free_port())
         if len(self._job.nodes) > 1:
@@ -236,7 +238,7 @@ class Launcher:
             self._finish("succeeded", "")
         elif self._word == "cancel":
             self._finish("cancelled", "cancelled on request")
-        elif isinstance(outcome, Failed) and outcome.reason != "crash":
+        elif isinstance(outcome, Failed) and outcome.reason not in ("crash", "unavailable"):
             self._fail(outcome.reason, outcome.message)
         elif self._word == "pause":
             self._finish("queued", "its worker was drained")
@@ -248,8 +250,8 @@ class Launcher:
             self._give_up("exited", self._broken)
         elif isinstance(outcome, Failed):
             # alone, one that broke before its first step would break again the same way
-            again = step > 0 or len(self._job.nodes) > 1
-            self._give_up("crash", outcome.message, None if again else 1)
+            again = step > 0 or len(self._job.nodes) > 1 or outcome.reason == "unavailable"
+            self._give_up(outcome.reason, outcome.message, None if again else 1)
         elif outcome is None:
             self._give_up("exited", "the trainer ended without a word")
         elif _text(self._attempt.stop) == "pause":

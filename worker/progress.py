@@ -14,6 +14,7 @@ RECENT_STEPS = 10  # that the shown speed is the mean of
 class Progress:
     def __init__(self, total_steps: int | None):
         self._total_steps = total_steps
+        self._results: dict[str, float] = {}
         self._first: events.Step | None = None
         self._recent: deque[events.Step] = deque(maxlen=RECENT_STEPS)
         self.outcome: events.Finished | events.Stopped | events.Failed | None = None
@@ -35,6 +36,14 @@ class Progress:
                 return self._step(event)
             case events.Evaluated() if event.best:
                 return {"best_checkpoint": BestCheckpoint(step=event.step, val_loss=event.val_loss)}
+            case events.Scored():
+                self._results |= event.results
+                return {"results": self._results}
+            case events.Verified():
+                self._results |= {f"publish_{name}": value for name, value in event.numbers.items()}
+                return {"results": self._results}
+            case events.Published():
+                return {"published": event.model_dump(mode="json", exclude={"type", "attempt", "seq"})}
             case events.Checkpointed():
                 return {"failures": 0}  # what is saved is not lost again: the count starts anew
             case events.Finished():

@@ -9,17 +9,18 @@ from typing import Any
 from pydantic import BaseModel
 
 from gptcore.plan import Plan
-from gptcore.spec import PrepareSpec, TrainSpec
+from gptcore.spec import AnySpec, EvalSpec, TrainSpec
 from worker.job import Job
 
 # fields of the job's hash that hold JSON; the others are plain text, which Pydantic reads
-_JSON_FIELDS = ("labels", "nodes", "spec", "plan", "best_checkpoint", "published", "error")
+_JSON_FIELDS = ("labels", "nodes", "spec", "plan", "best_checkpoint", "published", "results", "error")
 
 
-def new_record(job_id: str, parent: str | None, spec: TrainSpec | PrepareSpec, plan: Plan | None) -> dict[str, Any]:
+def new_record(job_id: str, parent: str | None, spec: AnySpec, plan: Plan | None) -> dict[str, Any]:
     """A new job as create.lua takes it."""
     asked = spec.resources
-    trains = isinstance(spec, TrainSpec)  # all else takes one core of one node, whatever the spec asks for
+    # all else takes one core of one node, whatever the spec asks for
+    trains, ranked = isinstance(spec, TrainSpec), isinstance(spec, TrainSpec | EvalSpec)
     fields = {
         "kind": spec.kind,
         "name": spec.name,
@@ -30,8 +31,8 @@ def new_record(job_id: str, parent: str | None, spec: TrainSpec | PrepareSpec, p
         "pool": asked.pool,
         "priority": asked.priority,
         "wanted_nodes": asked.nodes if trains else 1,
-        "wanted_ranks": asked.ranks_per_node if trains else 1,
-        "wanted_device": asked.device if trains else "auto",
+        "wanted_ranks": asked.ranks_per_node if ranked else 1,
+        "wanted_device": asked.device if ranked else "auto",
     }
     return {"id": job_id, "parent": parent or "", "fields": flat(fields)}
 

@@ -28,6 +28,7 @@ class Settings:
     grace_seconds: float = 60.0  # from a stop's word to the kill of the whole tree
     max_attempts: int = 3  # lost in a row without a new checkpoint
     price_per_gpu_hour: float = 0.0  # in whatever currency; 0: none is shown
+    hf_namespaces: tuple[str, ...] = ()  # owners on the Hub in whose name jobs may publish
     trainer: str = ""  # program run in torchrun's place with RUN_DIR --attempt N: tests of process handling
 
     @property
@@ -37,6 +38,14 @@ class Settings:
     @property
     def datasets(self) -> Path:
         return self.home / "datasets"
+
+    def refuses_repo(self, repo: str) -> str:
+        """Why nothing may be published to owner/name; "" where it may."""
+        owner = repo.partition("/")[0]
+        if owner in self.hf_namespaces:
+            return ""
+        listed = ", ".join(self.hf_namespaces) or "nobody"
+        return f"repo {repo!r}: jobs may publish as {listed} here; let TRAINMASTER_HF_NAMESPACES list {owner!r}"
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
@@ -58,6 +67,7 @@ class Settings:
             grace_seconds=_number(env, "TRAINMASTER_GRACE_SECONDS", cls.grace_seconds),
             max_attempts=int(_number(env, "TRAINMASTER_MAX_ATTEMPTS", cls.max_attempts)),
             price_per_gpu_hour=_number(env, price, 0.0) if env.get(price) else 0.0,
+            hf_namespaces=tuple(filter(None, re.split(r"[,\s]+", env.get("TRAINMASTER_HF_NAMESPACES", "")))),
             trainer=env.get("TRAINMASTER_TRAINER", ""),
         )
 
@@ -75,6 +85,7 @@ class Settings:
             "TRAINMASTER_GRACE_SECONDS": str(self.grace_seconds),
             "TRAINMASTER_MAX_ATTEMPTS": str(self.max_attempts),
             "TRAINMASTER_PRICE_PER_GPU_HOUR": str(self.price_per_gpu_hour or ""),
+            "TRAINMASTER_HF_NAMESPACES": ",".join(self.hf_namespaces),
             "TRAINMASTER_TRAINER": self.trainer,
         }
 

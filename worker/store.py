@@ -13,7 +13,7 @@ from typing import Any, Self, cast
 import redis
 
 from gptcore.plan import Hardware, Plan
-from gptcore.spec import PrepareSpec, TrainSpec
+from gptcore.spec import AnySpec
 from worker.connection import connect_redis
 from worker.doorbell import Doorbell
 from worker.job import (
@@ -92,18 +92,18 @@ class Store:
 
     def create_job(
         self,
-        spec: TrainSpec | PrepareSpec,
+        spec: AnySpec,
         plan: Plan | None,
         *,
         idempotency_key: str | None = None,
         body_sha256: str = "",
         parent_job_id: str | None = None,
-        children: Sequence[TrainSpec | PrepareSpec] = (),
+        children: Sequence[AnySpec] = (),
     ) -> tuple[Job, bool]:
         """Queue a resolved spec, or find the job that this key made in the last 24 h.
 
         With a parent it waits for that job to succeed, and is cancelled where it does not. `children` are
-        made with it, as a whole: a child's `source` "parent" becomes the new job's id.
+        made with it, as a whole, and run in their order: a child's `source` "parent" becomes the new job's id.
         Returns the job and whether it is new. Raises IdempotencyConflict.
         """
         while True:
@@ -112,7 +112,10 @@ class Store:
             for child in children:
                 if getattr(child, "source", None) == "parent":
                     child = child.model_copy(update={"source": job_id})
-                made.append(new_record(new_job_id(), job_id, child, None))
+                record = new_record(new_job_id(), job_id, child, None)
+                # one after the other, also where an earlier one fails: the model card shows evaluations
+                record["fields"] += ["follows", made[-1]["id"]] if made[1:] else []
+                made.append(record)
             outcome, job_id = self._run("create", idempotency_key or "", body_sha256, *map(json.dumps, made))
             if outcome == "conflict":
                 raise IdempotencyConflict(

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from gptcore.spec import PrepareSpec, TrainSpec
+from gptcore.spec import AnySpec, EvalSpec, TrainSpec
 from worker.job import Ticket
 from worker.settings import Settings
 
+MODULES = {
+    "train": "gptcore.train", "eval": "gptcore.eval_job",
+    "prepare": "gptcore.prepare", "publish": "gptcore.publish_job",
+}  # fmt: skip
 # the job system's, none of a trainer's business
 _PRIVATE = ("TRAINMASTER_REDIS_URL", "TRAINMASTER_API_KEY", "TRAINMASTER_TRAINER")
 
@@ -34,17 +38,15 @@ class Meeting:
         return cls(address, int(port))
 
 
-def command(
-    spec: TrainSpec | PrepareSpec, settings: Settings, run_dir: Path, ticket: Ticket, meeting: Meeting
-) -> list[str]:
+def command(spec: AnySpec, settings: Settings, run_dir: Path, ticket: Ticket, meeting: Meeting) -> list[str]:
     arguments = [str(run_dir), "--attempt", str(ticket.attempt)]
     if settings.trainer:
         return [*shlex.split(settings.trainer), *arguments, "--node-rank", str(ticket.node_rank)]
-    if isinstance(spec, PrepareSpec):
-        return [sys.executable, "-m", "gptcore.prepare", *arguments]
+    if not isinstance(spec, TrainSpec | EvalSpec):
+        return [sys.executable, "-m", MODULES[spec.kind], *arguments]
     # max-restarts 0: another attempt is the job system's to make, with a checkpoint and a new number
     torchrun = {
-        "nnodes": spec.resources.nodes,
+        "nnodes": spec.resources.nodes if isinstance(spec, TrainSpec) else 1,
         "nproc-per-node": spec.resources.ranks_per_node,
         "max-restarts": 0,
         "rdzv-backend": "static",
@@ -53,12 +55,12 @@ def command(
         "master-port": meeting.port,
     }
     options = [f"--{name}={value}" for name, value in torchrun.items()]
-    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "gptcore.train", *arguments]
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", MODULES[spec.kind], *arguments]
 
 
-def environment(spec: TrainSpec | PrepareSpec, settings: Settings) -> dict[str, str]:
+def environment(spec: AnySpec, settings: Settings) -> dict[str, str]:
     """This process's, with the slot's cores shared out as threads of the ranks."""
-    ranks = spec.resources.ranks_per_node if isinstance(spec, TrainSpec) else 1
+    ranks = spec.resources.ranks_per_node if isinstance(spec, TrainSpec | EvalSpec) else 1
     inherited = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
     threads = max(1, len(slot_cores()) // ranks)
     # threads that wait by spinning starve each other once anything else wants a core: beside one busy

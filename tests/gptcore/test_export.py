@@ -1,12 +1,20 @@
+import os
 import stat
+import subprocess
+import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gptcore.export import export_model, merges_of, native_weights
-from gptcore.model import GPT
+from gptcore.model import GPT, rope_tables
+from gptcore.native import native_config
 from gptcore.tokenizer import gpt2_ranks, load_tokenizer
 from tests.gptcore.conftest import FAMILIES, randomised, tiny_model
 
@@ -39,6 +47,16 @@ def test_stock_transformers_gives_the_trainers_logits(
             tokens = torch.randint(0, 256, (2, T), generator=torch.Generator().manual_seed(T))
             difference = (native(tokens).logits - model.logits(tokens)).abs().max().item()
             assert difference < 2e-5 * max(1.0, model.logits(tokens).abs().max().item() / 8)
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 50_000.0])
+def test_rope_turns_by_the_hubs_angles_to_the_bit(theta: float) -> None:
+    """An ulp of a frequency is nothing at position 64 and 1e-4 in the logits at 1024."""
+    spec = tiny_model("llama", block_size=4096, n_embd=256, head_dim=64, rope_theta=theta)
+    rotary = LlamaRotaryEmbedding(AutoConfig.for_model(**native_config(spec, "bytes")))
+    theirs = rotary(torch.zeros(1, 1), torch.arange(4096)[None])
+    for ours, hubs in zip(rope_tables(spec), theirs, strict=True):
+        assert torch.equal(ours, hubs[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,3 +99,53 @@ def test_export_cuts_the_padding_and_writes_a_tied_matrix_once() -> None:
     tensors = native_weights(model.spec, dict(model.named_parameters()))
     assert tensors["wte.weight"].shape == (96, 32)
     assert "lm_head.weight" not in tensors
+
+
+OLDER = ("transformers==4.57.6", "huggingface_hub==0.36.0", "tokenizers==0.22.1")
+LOAD = """
+import sys, pathlib, torch, transformers
+from safetensors.torch import load_file
+assert transformers.__version__ == "4.57.6", transformers.__version__
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    wanted = load_file(folder / "wanted.st")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "export", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "export")
+    assert tokenizer("def f")["input_ids"] == list(b"def f")
+    with torch.no_grad():
+        difference = max((model(t).logits - wanted["logits" + k[6:]]).abs().max().item()
+                         for k, t in wanted.items() if k.startswith("tokens"))
+    print(folder.name, difference)
+"""
+
+
+@pytest.mark.slow
+def test_transformers_4_gives_the_same_logits(tmp_path: Path) -> None:
+    """A venv of its own; torch and the rest come from this one."""
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=False, symlinks=True)
+    site = next(home.glob("lib/python*/site-packages"))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), *OLDER]
+    installed = subprocess.run(pip, capture_output=True, text=True)
+    if installed.returncode != 0:
+        pytest.skip(f"transformers 4.57.6 cannot be installed here: {installed.stderr.strip()[-300:]}")
+    (site / "ours.pth").write_text(sysconfig.get_paths()["purelib"])
+    for family in ("gpt2", "llama", "qwen3"):
+        for tied in (True, False):
+            folder = tmp_path / "models" / f"{family}-{'tied' if tied else 'untied'}"
+            theta = {} if family == "gpt2" else {"rope_theta": 50_000.0}
+            spec = tiny_model(family, tie_embeddings=tied, vocab_size=256, block_size=256, **theta)
+            model = randomised(spec)
+            export_model(folder / "export", spec, {k: p.detach() for k, p in model.named_parameters()}, "bytes")
+            wanted = {}
+            for T in (64, 256):
+                tokens = torch.randint(0, 256, (2, T), generator=torch.Generator().manual_seed(T))
+                with torch.no_grad():
+                    wanted |= {f"tokens{T}": tokens, f"logits{T}": model.logits(tokens)}
+            save_file(wanted, folder / "wanted.st")
+    command = [str(home / "bin" / "python"), "-c", LOAD, str(tmp_path / "models")]
+    loaded = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    differences = dict(line.split() for line in loaded.stdout.splitlines())
+    print(loaded.stdout)
+    assert len(differences) == 6
+    assert all(float(difference) < 2e-5 * 3 for difference in differences.values()), differences

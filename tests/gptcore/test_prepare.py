@@ -14,6 +14,7 @@ from gptcore.dataset import HEADER_BYTES, Dataset
 from gptcore.prepare import prepare
 from gptcore.sources import Document, Source, jsonl_files, parquet_files, python_stdlib, text_files
 from gptcore.tokenizer import load_tokenizer
+from tests.gptcore.hellaswag_items import make_items
 
 WORDS = "every good boy does fine, naïve café 你好 "
 
@@ -178,3 +179,28 @@ def test_a_dataset_is_read_from_the_hub_with_its_own_client(hub: tuple[str, Path
     everything, rest = json.loads(done.stdout)
     assert everything == texts
     assert rest == texts[70:]
+
+
+def test_hellaswag_is_fetched_from_the_hub_where_its_file_is_missing(hub: tuple[str, Path], tmp_path: Path) -> None:
+    address, folder = hub
+    items = make_items(30, seed=0)
+    path = folder / "Rowan" / "hellaswag" / "data" / "validation-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**i, "label": str(i["label"])} for i in items]), path)
+    code = (
+        "import sys; from pathlib import Path; from gptcore.hellaswag import load_items;"
+        "print(len(load_items(Path(sys.argv[1]), sys.argv[2])))"
+    )
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "cache")}
+
+    def load(split: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, str(tmp_path), split]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+    assert load("validation").stdout == "30\n"
+    kept = (tmp_path / "hellaswag" / "hellaswag_val.jsonl").read_text().splitlines()
+    assert [json.loads(line)["ctx"] for line in kept] == [item["ctx"] for item in items]
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    assert load("validation").stdout == "30\n"  # the file is there now
+    missing = load("train").stderr
+    assert "HellaSwag's train items are missing" in missing and "hellaswag_train.jsonl" in missing

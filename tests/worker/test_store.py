@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
@@ -439,6 +439,25 @@ def test_a_child_waits_for_its_parent_and_shares_a_bad_end(store: Store, end: St
     else:
         assert {store.get_job(j).status for j in (child, grandchild, paused, late.id)} == {"cancelled"}
         assert store.get_job(child).status_reason.startswith(f"its parent {parent} ")
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled before"])
+def test_children_run_one_after_the_other_whichever_way_the_first_ends(store: Store, end: str) -> None:
+    store.register_node(node("a", 1, 1))
+    spec = parse_spec(train_spec())
+    parent = store.create_job(spec, None, children=[spec, spec])[0].id
+    second, first = [job.id for job in store.list_jobs().data if job.parent_job_id == parent]
+    ticket = start(store, parent)
+    if end == "cancelled before":
+        store.request_cancel(first)
+    store.finish(parent, ticket.attempt, "succeeded", "", who="t", fields={})
+    if end != "cancelled before":
+        assert store.get_job(second).status_reason == f"waits for {first}"
+        ticket = start(store, first)
+        assert store.reserve("default") == 0
+        store.finish(first, ticket.attempt, cast(Status, end), "", who="t", fields={})
+    assert (store.get_job(second).status, store.get_job(second).queue_position) == ("queued", 1)
+    start(store, second)
 
 
 def test_a_drained_node_takes_no_new_job(store: Store) -> None:

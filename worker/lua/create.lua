@@ -26,8 +26,7 @@ for index = 3, #ARGV do
   elseif TERMINAL[parent] then
     move(id, 'cancelled', 'scheduler', 'its parent ' .. made.parent .. ' is ' .. parent)
   else
-    redis.call('SADD', K.children .. made.parent, id)
-    redis.call('HSET', job, 'waits_for', made.parent, 'status_reason', 'waits for ' .. made.parent)
+    await(id, made.parent)
   end
 end
 if key ~= '' then

@@ -36,8 +36,14 @@ local function enqueue(id)
   redis.call('HSET', K.job .. id, 'queued_at', stamp(now()))
 end
 
+-- Keeps a job out of its queue until another has ended.
+local function await(id, other)
+  redis.call('SADD', K.children .. other, id)
+  redis.call('HSET', K.job .. id, 'waits_for', other, 'status_reason', 'waits for ' .. other)
+end
+
 -- Changes a job's status and says so in its stream; false where the table forbids it. Jobs that wait for
--- one that ended are queued, or cancelled with it.
+-- one that ended are queued, or cancelled with it; one that only follows it is queued either way.
 local move
 function move(id, to, who, why)
   local job = K.job .. id
@@ -49,10 +55,14 @@ function move(id, to, who, why)
   if TERMINAL[to] then
     redis.call('HSET', job, 'finished_at', time)
     for _, child in ipairs(redis.call('SMEMBERS', K.children .. id)) do
+      local follows, status = unpack(redis.call('HMGET', K.job .. child, 'follows', 'status'))
+      local before = follows and follows ~= id and redis.call('HGET', K.job .. follows, 'status')
       redis.call('HDEL', K.job .. child, 'waits_for')
-      if to ~= 'succeeded' then
+      if to ~= 'succeeded' and follows ~= id then
         move(child, 'cancelled', 'scheduler', 'its parent ' .. id .. ' ' .. (to == 'failed' and 'failed' or 'was cancelled'))
-      elseif redis.call('HGET', K.job .. child, 'status') == 'queued' then
+      elseif before and not TERMINAL[before] then
+        await(child, follows)
+      elseif status == 'queued' then
         redis.call('HSET', K.job .. child, 'status_reason', '')
         enqueue(child)
       end

@@ -1,0 +1,180 @@
+"""An `eval` job as a process, one a rank: `torchrun -m gptcore.eval_job RUN_DIR --attempt N`.
+
+val_loss and HellaSwag are computed here, shared by the ranks; lm-evaluation-harness's tasks by its own
+`hf` model on the exported folder, in the first rank, once the others have left.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from gptcore.data import Windows
+from gptcore.dataset import read_dataset
+from gptcore.dist import Dist, close, start
+from gptcore.evaluate import bits_per_byte, val_windows, validation_loss
+from gptcore.events import Finished, PhaseChanged, Scored
+from gptcore.export import export_model
+from gptcore.hellaswag import BATCH_TOKENS, evaluate, load_items
+from gptcore.job_process import Process, run_job
+from gptcore.native import native_class
+from gptcore.plan import LOSS_CHUNK_ELEMENTS
+from gptcore.rundir import datasets_root, write_atomically
+from gptcore.scorer import Scorer
+from gptcore.spec import EvalSpec, Problem, SpecError
+from gptcore.subject import HubFolder, Trained, find_subject
+from gptcore.tokenizer import load_tokenizer
+
+HARNESS = "lm_eval:"
+LONGEST_WINDOW = 1024  # of val_loss for models of others, whose contexts may be huge
+PROBE = "def f(x):\n    return 'naïve' * 12345\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_job(EvalSpec, _run, argv)
+
+
+def _run(process: Process[EvalSpec]) -> Finished | None:
+    began, spec = time.monotonic(), process.spec
+    threads = os.environ.get("OMP_NUM_THREADS")
+    dist = start(spec.resources.device, int(threads) if threads else None)
+    process.started("eval", dist.device.type, dist.world_size)
+    process.report(PhaseChanged(phase="preparing"))
+    subject = find_subject(spec, process.run.path.parent, datasets_root())
+    harness = _harness(spec, subject) if dist.first else None
+    step = subject.checkpoint.step if isinstance(subject, Trained) else 0
+    process.report(PhaseChanged(phase="evaluating"))
+    scored = []
+    ours = [task for task in spec.tasks if not task.startswith(HARNESS)]
+    if ours:
+        scorer = subject.scorer(dist.device)
+        for task in ours:
+            scored.append(_score(task, process, subject, scorer, dist, step))
+            process.report(scored[-1])
+    close()
+    if not dist.first:
+        return None
+    if harness is not None:
+        folder = _exported(process, subject)
+        for task in spec.tasks:
+            if task.startswith(HARNESS):
+                process.heed()
+                scored.append(_run_harness(task, harness, folder, spec.limit, dist, step))
+                process.report(scored[-1])
+        if isinstance(subject, Trained):
+            shutil.rmtree(folder)
+    if isinstance(subject, Trained):
+        # what the model card shows, beside the run that it is about
+        path = subject.run.evaluations / f"{process.run.path.name}.json"
+        write_atomically(path, json.dumps([event.model_dump(mode="json") for event in scored], indent=2))
+    return Finished(step=step, seconds=time.monotonic() - began)
+
+
+def _score(
+    task: str, process: Process[EvalSpec], subject: Trained | HubFolder, scorer: Scorer, dist: Dist, step: int
+) -> Scored:
+    if task == "val_loss":
+        return _score_val_loss(process.spec, subject, scorer, dist, step)
+    examples = int(task.partition("@")[2] or 0)
+    try:
+        items = load_items(datasets_root(), "validation")[: process.spec.limit]
+        pool = load_items(datasets_root(), "train") if examples else []
+    except FileNotFoundError as error:
+        raise _refusal("/tasks", str(error)) from error
+    return evaluate(items, scorer, dist, step, examples, pool, process.heed)
+
+
+def _score_val_loss(spec: EvalSpec, subject: Trained | HubFolder, scorer: Scorer, dist: Dist, step: int) -> Scored:
+    began, trained = time.perf_counter(), subject.spec if isinstance(subject, Trained) else None
+    name = spec.dataset or (trained.data.dataset if trained else None)
+    if name is None:
+        raise _refusal("/dataset", "dataset is missing: val_loss of a Hub folder needs one")
+    dataset = read_dataset(datasets_root(), name)
+    if dataset is None:
+        raise _refusal("/dataset", f"dataset {name!r} is not prepared on this machine; trainmaster prepare makes it")
+    if scorer.encode(PROBE) != load_tokenizer(dataset.tokenizer).encode(PROBE).tolist():
+        raise _refusal("/dataset", f"dataset {name!r} is of the tokenizer {dataset.tokenizer}, the model of another")
+    windows = Windows(datasets_root() / name, dataset.val, min(scorer.block_size, LONGEST_WINDOW)
+                      if trained is None else scorer.block_size)  # fmt: skip
+    asked = spec.eval_tokens or (trained.evaluate.eval_tokens if trained else 10_485_760)
+    most = min(BATCH_TOKENS, LOSS_CHUNK_ELEMENTS // scorer.vocab_size)
+    val_loss = validation_loss(scorer.loss, windows, asked, max(1, most // windows.block_size), dist)
+    results = {"val_loss": val_loss, "bits_per_byte": bits_per_byte(val_loss, dataset.val)}
+    count = val_windows(windows, asked)
+    return Scored(step=step, task="val_loss", results=results, items=count, seconds=time.perf_counter() - began)
+
+
+# ---- lm-evaluation-harness
+
+
+def _harness(spec: EvalSpec, subject: Trained | HubFolder) -> Any:
+    """Its task manager, where it is asked for and knows all that is asked. Also YAML files in the datasets
+    folder's `lm_eval/` are tasks."""
+    asked = [task for task in spec.tasks if task.startswith(HARNESS)]
+    if not asked:
+        return None
+    if isinstance(subject, Trained):
+        name, reason = native_class(subject.spec.model)
+        if name is None:
+            raise _refusal("/source", f"lm_eval needs an exported model, which this one cannot be: {reason}")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise _refusal("/tasks", "lm-evaluation-harness is not on this worker; pip install 'lm-eval[hf]'")
+    from lm_eval.tasks import TaskManager
+
+    own = datasets_root() / "lm_eval"
+    manager = TaskManager(include_path=str(own) if own.is_dir() else None)
+    unknown = [task for task in asked if not manager.match_tasks([_harness_name(task)])]
+    if unknown:
+        message = f"lm-evaluation-harness knows no {', '.join(unknown)}; lm_eval ls tasks lists what there is"
+        raise _refusal("/tasks", message)
+    return manager
+
+
+def _harness_name(task: str) -> str:
+    return task.removeprefix(HARNESS).partition("@")[0]
+
+
+def _exported(process: Process[EvalSpec], subject: Trained | HubFolder) -> Path:
+    if isinstance(subject, HubFolder):
+        return subject.path
+    folder = process.run.path / "model"
+    export_model(folder, subject.spec.model, subject.checkpoint.weights(), subject.tokenizer)
+    return folder
+
+
+def _run_harness(task: str, manager: Any, folder: Path, limit: int | None, dist: Dist, step: int) -> Scored:
+    import lm_eval
+
+    began, examples = time.perf_counter(), task.partition("@")[2]
+    answer = lm_eval.simple_evaluate(
+        model="hf", model_args={"pretrained": str(folder), "dtype": "float32"}, tasks=[_harness_name(task)],
+        num_fewshot=int(examples) if examples else None, limit=limit, task_manager=manager,
+        device=dist.device.type, batch_size="auto" if dist.device.type == "cuda" else 8, log_samples=False,
+    )  # fmt: skip
+    results: dict[str, float] = {}
+    stderr: dict[str, float] = {}
+    for name, found in answer["results"].items():
+        for metric, value in found.items():
+            kind, _, how = metric.partition(",")
+            if isinstance(value, str) or not how:  # its name, "N/A", a count
+                continue
+            label = f"{HARNESS}{name}/{kind.removesuffix('_stderr')}" + (f",{how}" if how != "none" else "")
+            label += f"@{examples}" if examples else ""
+            (stderr if kind.endswith("_stderr") else results)[label] = float(value)
+    count = sum(n["effective"] for n in answer["n-samples"].values())
+    return Scored(
+        step=step, task=task, results=results, stderr=stderr, items=count, seconds=time.perf_counter() - began
+    )
+
+
+def _refusal(pointer: str, message: str) -> SpecError:
+    return SpecError([Problem(pointer=pointer, message=message)])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,75 @@
+"""The frame of a job that trains nothing, as a process: arguments, lock, events, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from gptcore.events import Finished, Report, Started, Stopped
+from gptcore.failure import report_failure
+from gptcore.locks import shared
+from gptcore.log import reporter
+from gptcore.procs import die_with_parent
+from gptcore.rundir import Attempt, RunDir
+from gptcore.spec import JobBase, read_spec
+
+SpecType = TypeVar("SpecType", bound=JobBase)
+
+
+class Told(Exception):
+    """The stop file appeared; what is done so far is kept."""
+
+
+@dataclass(frozen=True)
+class Process(Generic[SpecType]):
+    spec: SpecType
+    run: RunDir
+    attempt: Attempt
+    report: Report
+
+    def heed(self) -> None:
+        """Raises Told where the job is to stop; called as often as a person's patience wants."""
+        if self.attempt.stop.exists():
+            raise Told(self.attempt.stop.read_text().strip())
+
+    def started(self, kind: str, device: str = "cpu", world_size: int = 1) -> None:
+        self.report(
+            Started(
+                kind=kind, device=device, device_name=device, world_size=world_size, threads=1, precision="fp32",
+                compiled=False, micro_batch_size=0, grad_accum_steps=0, parameters=0, total_steps=0,
+                tokens_per_step=0, versions={"python": platform.python_version()},
+            )
+        )  # fmt: skip
+
+
+def run_job(
+    wanted: type[SpecType], work: Callable[[Process[SpecType]], Finished | None], argv: list[str] | None
+) -> int:
+    """Do the work of the job in RUN_DIR; what it returns is reported at last. The first rank speaks."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--attempt", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    die_with_parent()
+    run = RunDir(arguments.run_dir.absolute())
+    attempt = run.attempt(arguments.attempt)
+    rank = int(os.environ.get("RANK", 0))
+    with shared(attempt.lock):
+        report = reporter(attempt, first=rank == 0)
+        try:
+            spec = read_spec(run.spec)
+            assert isinstance(spec, wanted), f"a {spec.kind} job came to {wanted.__name__}"
+            finished = work(Process(spec, run, attempt, report))
+            if finished is not None:
+                report(finished)
+        except Told as told:
+            report(Stopped.model_validate({"step": 0, "reason": str(told)}))
+        except (KeyboardInterrupt, Exception) as error:
+            report_failure(error, rank, attempt, report)
+            raise
+    return 0

@@ -1,0 +1,64 @@
+"""A model as evaluations see it: text to tokens, tokens to logits. Ours, or any that `transformers` loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptcore.model import GPT
+from gptcore.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """`logits_at`: tokens, positions (B, T), mask (B, 1, T, T) or None, rows, columns (N,) → logits (N, V)
+    float32 at those places. `packs`: it heeds positions and mask."""
+
+    encode: Callable[[str], list[int]]
+    logits_at: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) → mean ()
+    block_size: int
+    vocab_size: int
+    eot: int
+    packs: bool
+    device: torch.device
+
+
+def score_ours(model: GPT, tokenizer: Tokenizer, device: torch.device) -> Scorer:
+    def logits_at(tokens: Tensor, positions: Tensor, mask: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
+        return model.head(model.hidden(tokens, positions, mask)[rows, columns])
+
+    spec = model.spec
+    assert spec.vocab_size is not None
+    return Scorer(
+        lambda text: tokenizer.encode(text).tolist(), logits_at, model, spec.block_size, spec.vocab_size,
+        tokenizer.eot, packs=True, device=device,
+    )  # fmt: skip
+
+
+def score_folder(folder: Path, device: torch.device) -> Scorer:
+    """A Hub folder by stock `transformers` in float32. Raises its errors: OSError and ValueError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(device).eval()
+    config = model.config
+
+    def logits_at(tokens: Tensor, positions: Tensor, mask: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
+        assert mask is None
+        return model(tokens).logits[rows, columns]
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+
+    return Scorer(
+        tokenizer.encode, logits_at, loss, config.max_position_embeddings, config.vocab_size,
+        config.bos_token_id or 0, packs=False, device=device,
+    )  # fmt: skip

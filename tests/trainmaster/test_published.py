@@ -1,0 +1,64 @@
+"""Models that are there already: what they write, and how they were made."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptcore.export import export_model
+from tests.gptcore.conftest import randomised, tiny_model
+from tests.gptcore.hub_models import ModelHub, Repo
+from tests.trainmaster.conftest import Start, run
+from tests.trainmaster.test_cli import demo_spec
+
+
+@pytest.fixture
+def repos(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Repo]]:
+    """The repositories of a Hub that the command line's environment names."""
+    repos: dict[str, Repo] = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OwnHub", (ModelHub,), {"repos": repos}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield repos
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_published_models_spec_is_read_from_its_repository(home: Path, repos: dict[str, Repo]) -> None:
+    spec: dict[str, Any] = json.loads(demo_spec(publish={"repo": "me/tiny"}))
+    repos["me/tiny"] = Repo(private=False)
+    repos["me/tiny"].commits.append(("1" * 40, {"trainmaster.json": json.dumps(spec).encode()}))
+    planned = json.loads(run("plan", "hf://me/tiny", "--json").stdout)["spec"]
+    assert planned["publish"] is None  # made again, it does not overwrite the first
+    assert planned["optim"]["lr"] == spec["optim"]["lr"] and planned["max_steps"] == spec["max_steps"]
+
+
+def test_a_repository_without_a_spec_is_named(home: Path, repos: dict[str, Repo]) -> None:
+    repos["me/empty"] = Repo(private=False)
+    done = run("submit", "hf://me/empty")
+    assert done.returncode == 1 and "404" in done.stderr and "trainmaster.json" in done.stderr
+
+
+def test_a_model_writes_as_it_goes_on_from_the_prompt(home: Path, start: Start) -> None:
+    model = randomised(tiny_model("llama", vocab_size=256, block_size=1024))
+    export = home / "runs" / "job-1" / "export"
+    export.parent.mkdir(parents=True)
+    export_model(export, model.spec, {k: p.detach() for k, p in model.named_parameters()}, "bytes")
+    process = start("sample", "job-1", "--prompt", "def f(x): ", "--max-tokens", "900")
+    assert process.stdout is not None
+    assert process.stdout.read(4) == "def "
+    assert process.poll() is None  # it is still writing
+    assert len(process.stdout.read()) > 300 and process.wait(60) == 0
+    again = [run("sample", str(export), "--max-tokens", "20", "--seed", seed).stdout for seed in ("1", "1", "2")]
+    assert again[0] == again[1] != again[2]
+
+
+def test_a_job_without_an_export_cannot_be_sampled(home: Path) -> None:
+    done = run("sample", "job-none")
+    assert done.returncode == 1 and "no exported model" in done.stderr
