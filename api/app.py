@@ -12,34 +12,50 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from api import problems
-from api.guard import MAX_BODY_BYTES, Guard
+from api import compare, files, problems
+from api.guard import MAX_BODY_BYTES, Guard, needed_scope
+from api.hub import Hub
+from api.monitoring import Monitor, Observed
 from api.routes import STATIC, Services, router
 from api.series import RunCache
+from worker.census import Counting
+from worker.keyring import KeyRing
 from worker.settings import Settings
 from worker.store import Store
 
 
 class Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        """As FastAPI makes it, with the media type that our errors really have."""
+        """As FastAPI makes it, with the key that an operation needs, and the media type that errors really have."""
         schema = super().openapi()
-        for operations in schema["paths"].values():
-            for operation in operations.values():
+        scheme = {"type": "http", "scheme": "bearer", "description": "trainmaster keys create makes a key"}
+        schema["components"]["securitySchemes"] = {"key": scheme}
+        for path, operations in schema["paths"].items():
+            for method, operation in operations.items():
+                if scope := needed_scope(method.upper(), path):
+                    operation["security"] = [{"key": [scope]}]
                 for status, response in operation["responses"].items():
                     if not status.startswith("2"):
                         (response["content"],) = [{problems.MEDIA_TYPE: body} for body in response["content"].values()]
         return schema
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """An application over the Redis and the run directories that `settings` name."""
-    store = Store.connect(settings.redis_url)
+def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI:
+    """An application over the Redis and the run directories that `settings` name.
+
+    `open_without_keys`: whether it may serve anyone while there is no key, as on loopback.
+    """
+    store, keys = Store.connect(settings.redis_url), KeyRing.connect(settings.redis_url)
+    counting = Counting.connect(settings.redis_url)
+    monitor = Monitor(counting)
+    hosts = filter(None, [urlsplit(settings.url).hostname])
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         store.close()
+        keys.close()
+        counting.close()
 
     app = Application(
         title="Trainmaster",
@@ -47,10 +63,17 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Pretrains GPTs on machines you own.",
         lifespan=lifespan,
         exception_handlers=problems.HANDLERS,
-        middleware=[Middleware(Guard, hosts=filter(None, [urlsplit(settings.url).hostname]))],
+        middleware=[
+            Middleware(Observed, monitor=monitor),
+            Middleware(Guard, hosts=list(hosts), keys=keys, open_without_keys=open_without_keys),
+        ],
         redoc_url=None,
     )
-    app.state.services = Services(settings, store, RunCache(settings.runs))
+    app.state.services = Services(
+        settings, store, keys, Hub(store, monitor.stream_lag_seconds.observe), monitor, RunCache(settings.runs)
+    )
+    app.include_router(files.router)
+    app.include_router(compare.router)
     app.include_router(router, max_body_size=MAX_BODY_BYTES)  # of bodies that do not say their length
     app.mount("/static", StaticFiles(directory=STATIC))
     return app

@@ -1,39 +1,78 @@
-"""What every request must pass before a route sees it: Host, Origin, type and size of the body.
+"""What every request must pass before a route sees it: Host, Origin, size and type of the body, and a key.
 
-The server asks for no key, so a web page that someone opens must not be able to reach it: neither
-by a request across sites (Origin) nor under a name of its own that it points here (Host).
+A web page that someone opens must not be able to reach the server, with keys or without: neither by a
+request across sites (Origin) nor under a name of its own that it points here (Host).
 """
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
+from contextlib import suppress
 from urllib.parse import urlsplit
 
+import redis
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.problems import Refusal
+from api.problems import Refusal, refusal_of
+from worker import keyring
+from worker.keyring import KeyRing
 
 MAX_BODY_BYTES = 1 << 20
+REDIS_AWAY = (redis.ConnectionError, redis.TimeoutError)
+# the page asks for a key itself, and its parts, the schema and the two checks tell nothing of any run
+FOR_EVERYONE = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico")
+
+
+def needed_scope(method: str, path: str) -> keyring.Scope | None:
+    """By one rule for all, so that a route added later is closed before anyone thinks of it."""
+    if path in FOR_EVERYONE or path.startswith("/static/"):
+        return None
+    if method in ("GET", "HEAD"):
+        return "admin" if path == "/audit" else "read"
+    return "submit" if method == "POST" else "admin"
 
 
 class Guard:
-    """`hosts` are the names that this server answers to, beside loopback addresses."""
+    """`hosts` are the names that this server answers to, beside loopback addresses.
 
-    def __init__(self, app: ASGIApp, hosts: Iterable[str]):
+    `open_without_keys`: while there is no key at all, everyone who reaches the server may do everything.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Iterable[str], keys: KeyRing, open_without_keys: bool):
         self._app = app
         self._hosts = frozenset({"localhost", *hosts})
+        self._keys = keys
+        self._open_without_keys = open_without_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer: ASGIApp = self._app
-        if scope["type"] == "http":
-            send = _with_headers(send)
-            try:
-                self._check(Headers(scope=scope))
-            except Refusal as refusal:
-                answer = refusal.response()
-        await answer(scope, receive, send)
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        status, send = 0, _with_headers(send)
+
+        async def noting_status(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            headers = Headers(scope=scope)
+            self._check(headers)
+            who = await run_in_threadpool(self._holder, headers, needed_scope(scope["method"], scope["path"]))
+        except (Refusal, *REDIS_AWAY) as error:
+            return await refusal_of(Request(scope), error).response()(scope, receive, send)
+        scope.setdefault("state", {})["who"] = who
+        try:
+            await self._app(scope, receive, noting_status)
+        finally:
+            if scope["method"] not in ("GET", "HEAD"):
+                with suppress(*REDIS_AWAY):
+                    what = f"{scope['method']} {scope['path'][:200]}"
+                    await run_in_threadpool(self._keys.record, who, what, str(status or 500))
+        return None
 
     def _check(self, headers: Headers) -> None:
         """Raises Refusal."""
@@ -52,6 +91,23 @@ class Guard:
         if has_body and kind != "application/json":
             detail = f"the body's type is {kind!r}; send it with Content-Type: application/json"
             raise Refusal(415, "unsupported_media_type", detail)
+
+    def _holder(self, headers: Headers, needed: keyring.Scope | None) -> str:
+        """Whose request it is. Raises Refusal."""
+        if needed is None:
+            return "anyone"
+        scheme, _, text = headers.get("authorization", "").partition(" ")
+        key = self._keys.find(text.strip()) if scheme.lower() == "bearer" else None
+        if key and key.may(needed):
+            return f"key {key.id}"
+        if key:
+            detail = f"this needs a key of scope {needed}; key {key.id} has {key.scope}"
+            raise Refusal(403, "scope_too_small", detail)
+        if self._open_without_keys and self._keys.is_empty():
+            return "anyone"
+        code, what = ("key_unknown", "this key is not, or no longer, known") if text else ("key_missing", "no key came")
+        detail = f"{what}; send one as Authorization: Bearer KEY (trainmaster keys create makes one)"
+        raise Refusal(401, code, detail, headers={"WWW-Authenticate": "Bearer"})
 
     def _is_ours(self, host: str) -> bool:
         try:

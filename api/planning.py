@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
+from api.estimate import estimate
 from gptcore.native import native_class
 from gptcore.plan import Hardware, Plan, plan, resolve
 from gptcore.rundir import RunDir
@@ -39,6 +40,8 @@ def planned(spec: AnySpec, settings: Settings, store: Store) -> Planned:
         if (live := store.live_nodes(pool, spec.resources.ranks_per_node)) < spec.resources.nodes:
             warning = f"pool {pool} has {live} live nodes of {spec.resources.nodes}; the job waits until more join"
             numbers = numbers.model_copy(update={"warnings": [*numbers.warnings, warning]})
+        guess = estimate(resolved, numbers, hardware, settings, store)
+        numbers = numbers.model_copy(update={"estimate": guess})
         return Planned(spec=resolved, plan=numbers, children=children)
     numbers = plan(resolved, Hardware(device="cpu" if device == "auto" else device, ranks=ANY_RANKS))
     warning = f"pool {pool} has no live worker; the job waits until one joins, and may not fit it"

@@ -50,10 +50,10 @@ class Refusal(Exception):
 
 async def answer(request: Request, error: Exception) -> Response:
     """The one exception handler of the application."""
-    return _refusal(request, error).response()
+    return refusal_of(request, error).response()
 
 
-def _refusal(request: Request, error: Exception) -> Refusal:
+def refusal_of(request: Request, error: Exception) -> Refusal:
     match error:
         case Refusal():
             return error
@@ -102,7 +102,7 @@ def _invalid_request(error: RequestValidationError) -> Refusal:
         return Refusal(400, "invalid_json", detail)
     in_body = [one for one in found if one["loc"][0] == "body"]
     if in_body:
-        return _invalid("invalid_spec", problems_of(in_body, root=("body",)))
+        return _invalid("invalid_spec", problems_of(in_body, root=tuple(in_body[0]["loc"][:2])))
     return _invalid("invalid_parameter", problems_of(list(found)))
 
 
@@ -113,6 +113,9 @@ def _http(request: Request, error: HTTPException) -> Refusal:
     """What the framework itself refuses."""
     status, path = error.status_code, request.url.path
     headers = dict(error.headers or {})
+    if status == 405:  # the framework names the methods of one route of several
+        operations = request.app.openapi()["paths"].get(getattr(request.scope.get("route"), "path", ""), {})
+        headers["Allow"] = ", ".join(map(str.upper, operations)) or headers.get("Allow", "")
     detail = {
         404: f"there is nothing at {path}; GET /docs shows what there is",
         405: f"{request.method} is not for {path}; use {headers.get('Allow', 'another method')}",

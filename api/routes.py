@@ -10,18 +10,23 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
+from api.hub import Hub
+from api.monitoring import Monitor
 from api.planning import Planned, planned
 from api.problems import ProblemDetails, Refusal
+from api.repeat import EXAMPLES, Submission, spec_of
 from api.series import EVENT_TYPES, Key, Metrics, ResultKey, RunCache
-from api.stream import event_stream
+from api.stream import LOG_TAIL_BYTES, event_stream, log_stream
 from gptcore.dataset import BUILTIN, list_datasets
 from gptcore.events import Event
 from gptcore.presets import PRESETS
 from gptcore.rundir import RunDir
-from gptcore.spec import JobSpec
+from worker.deletion import delete_job
 from worker.job import Job, JobPage, Node, Status
+from worker.keyring import AuditEntry, KeyRing
 from worker.settings import Settings
 from worker.store import Store
 
@@ -30,7 +35,6 @@ PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 }
-LOG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class Services:
 
     settings: Settings
     store: Store
+    keys: KeyRing
+    hub: Hub
+    monitor: Monitor
     runs: RunCache
 
 
@@ -47,18 +54,22 @@ def _services(request: Request) -> Services:
     return services
 
 
+def _who(request: Request) -> str:
+    return str(request.state.who)
+
+
 With = Annotated[Services, Depends(_services)]
-Spec = Annotated[JobSpec, Body()]
+Who = Annotated[str, Depends(_who)]
+Sent = Annotated[Submission, Body(openapi_examples=EXAMPLES)]
 EventId = Annotated[str | None, Query(pattern=r"^\d{1,9}-\d{1,15}$", description="only what is newer than this event")]
 LastEventId = Annotated[str | None, Header(pattern=r"^\d{1,9}-\d{1,15}$", description="as `after`, and before it")]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
-router = APIRouter(
-    responses={
-        422: {"model": ProblemDetails, "description": "The request cannot be done, and why"},
-        "default": {"model": ProblemDetails, "description": "Any other error"},
-    }
-)
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    422: {"model": ProblemDetails, "description": "The request cannot be done, and why"},
+    "default": {"model": ProblemDetails, "description": "Any other error"},
+}
+router = APIRouter(responses=PROBLEMS)
 
 
 class EventPage(BaseModel):
@@ -89,7 +100,7 @@ class Health(BaseModel):
 
 @router.post("/jobs", status_code=201, tags=["jobs"])
 def submit(
-    spec: Spec,
+    submission: Sent,
     response: Response,
     services: With,
     idempotency_key: Annotated[
@@ -97,12 +108,12 @@ def submit(
         Header(min_length=1, max_length=200, description="same key, same body: the same job, for 24 h"),
     ] = None,
 ) -> Job:
-    """Check a job spec and queue it."""
-    body_sha256 = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+    """Check a job spec and queue it: a whole one, or another job's with `overrides`."""
+    body_sha256 = hashlib.sha256(submission.model_dump_json().encode()).hexdigest()
     # before planning: a repeated request gets its first answer, whatever the pool has become since
     job = services.store.replayed_job(idempotency_key, body_sha256) if idempotency_key else None
     if job is None:
-        accepted = planned(spec, services.settings, services.store)
+        accepted = planned(spec_of(submission, services.store), services.settings, services.store)
         job, _ = services.store.create_job(
             accepted.spec, accepted.plan, idempotency_key=idempotency_key, body_sha256=body_sha256,
             parent_job_id=accepted.parent_job_id, children=accepted.children,
@@ -112,9 +123,9 @@ def submit(
 
 
 @router.post("/jobs/plan", tags=["jobs"])
-def plan(spec: Spec, services: With) -> Planned:
+def plan(submission: Sent, services: With) -> Planned:
     """What a job spec comes to; nothing is queued."""
-    return planned(spec, services.settings, services.store)
+    return planned(spec_of(submission, services.store), services.settings, services.store)
 
 
 @router.get("/jobs", tags=["jobs"])
@@ -123,11 +134,12 @@ def jobs(
     status: Status | None = None,
     kind: Annotated[str | None, Query(description="train, prepare, eval, publish")] = None,
     label: Annotated[str | None, Query(description="key, or key=value")] = None,
+    name: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(description="a page's `next`")] = None,
 ) -> JobPage:
     """Jobs, newest first."""
-    return services.store.list_jobs(status=status, kind=kind, label=label, limit=limit, after=after)
+    return services.store.list_jobs(status=status, kind=kind, label=label, name=name, limit=limit, after=after)
 
 
 @router.get("/jobs/{job_id}", tags=["jobs"])
@@ -135,22 +147,28 @@ def job(job_id: str, services: With) -> Job:
     return services.store.get_job(job_id)
 
 
+@router.delete("/jobs/{job_id}", status_code=204, tags=["jobs"])
+def delete(job_id: str, services: With) -> None:
+    """Delete a job that has ended: record, streams and run directory. What it published stays."""
+    delete_job(services.store, services.settings.runs, job_id)
+
+
 @router.post("/jobs/{job_id}/cancel", tags=["jobs"])
-def cancel(job_id: str, services: With) -> Job:
+def cancel(job_id: str, services: With, who: Who) -> Job:
     """Ask for a job's end. A running one is `cancelling` until nothing of it lives; asking again changes nothing."""
-    return services.store.request_cancel(job_id)
+    return services.store.request_cancel(job_id, who)
 
 
 @router.post("/jobs/{job_id}/pause", tags=["jobs"])
-def pause(job_id: str, services: With) -> Job:
+def pause(job_id: str, services: With, who: Who) -> Job:
     """Have a job save a checkpoint and wait for `resume`; it is `pausing` until then."""
-    return services.store.request_pause(job_id)
+    return services.store.request_pause(job_id, who)
 
 
 @router.post("/jobs/{job_id}/resume", tags=["jobs"])
-def resume(job_id: str, services: With) -> Job:
+def resume(job_id: str, services: With, who: Who) -> Job:
     """Queue a paused job again; it goes on exactly where it was."""
-    return services.store.resume(job_id)
+    return services.store.resume(job_id, who)
 
 
 # ---- what a job reports
@@ -168,7 +186,11 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/jobs/{job_id}/metrics", response_model=Metrics, responses=_STREAM, tags=["runs"])
+_TABLE = {"text/csv": {"schema": {"type": "string"}, "example": "step,train_loss,val_loss\n1,5.5,\n2,5.25,5.3\n"}}
+_STREAM_OR_TABLE: dict[int | str, dict[str, Any]] = {200: {"content": _STREAM[200]["content"] | _TABLE}}
+
+
+@router.get("/jobs/{job_id}/metrics", response_model=Metrics, responses=_STREAM_OR_TABLE, tags=["runs"])
 def metrics(
     job_id: str,
     request: Request,
@@ -180,13 +202,16 @@ def metrics(
     after: EventId = None,
     last_event_id: LastEventId = None,
 ) -> Metrics | Response:
-    """A run's curves, attempts joined: each step once. With `Accept: text/event-stream` its `step` and
-    `evaluated` events as they come, to be resumed by `Last-Event-ID`."""
+    """A run's curves, attempts joined: each step once; with `Accept: text/csv` as a table.
+
+    With `Accept: text/event-stream` its `step` and `evaluated` events as they come, to be resumed by `Last-Event-ID`.
+    """
     services.store.get_job(job_id)
-    if _wants_stream(request):
-        return event_stream(services.store, job_id, last_event_id or after or "0-0", EVENT_TYPES)
+    if _accepts(request, "text/event-stream"):
+        return event_stream(services.hub, services.store, job_id, last_event_id or after or "0-0", EVENT_TYPES)
     window = {"from_step": from_step, "to_step": to_step, "max_points": max_points}
-    return services.runs.run(job_id).metrics(keys, **window)
+    found = services.runs.run(job_id).metrics(keys, **window)
+    return PlainTextResponse(found.to_csv(), media_type="text/csv") if _accepts(request, "text/csv") else found
 
 
 @router.get("/jobs/{job_id}/events", response_model=EventPage, responses=_STREAM, tags=["runs"])
@@ -200,8 +225,8 @@ def events(
 ) -> Response:
     """What the trainer reported, the newest 100,000 events; with `Accept: text/event-stream` as they come."""
     services.store.get_job(job_id)
-    if _wants_stream(request):
-        return event_stream(services.store, job_id, last_event_id or after or "0-0")
+    if _accepts(request, "text/event-stream"):
+        return event_stream(services.hub, services.store, job_id, last_event_id or after or "0-0")
     found = services.store.read_events(job_id, after or "0-0", limit + 1)
     page, has_more = found[:limit], len(found) > limit
     # passed on as the trainer wrote them: a newer one may report what this server does not know
@@ -209,24 +234,33 @@ def events(
     return JSONResponse({"data": data, "has_more": has_more, "next": page[-1][0] if has_more else None})
 
 
-@router.get("/jobs/{job_id}/logs", response_class=PlainTextResponse, tags=["runs"])
+@router.get("/jobs/{job_id}/logs", response_class=PlainTextResponse, responses=_STREAM, tags=["runs"])
 def logs(
-    job_id: str, services: With, attempt: Annotated[int | None, Query(ge=1, description="by default the newest")] = None
-) -> str:
-    """What an attempt's trainer printed: the last MiB."""
+    job_id: str,
+    request: Request,
+    services: With,
+    attempt: Annotated[int | None, Query(ge=1, le=999_999_999, description="by default the newest")] = None,
+    after: EventId = None,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """What an attempt's trainer printed: the last MiB. With `Accept: text/event-stream` goes on from there with
+    what it prints, and with the attempts that follow; ids are {attempt}-{byte}."""
     services.store.get_job(job_id)
-    logs = {a.number: a.log for a in RunDir(services.settings.runs / job_id).attempts() if a.log.exists()}
+    run = RunDir(services.settings.runs / job_id)
+    if _accepts(request, "text/event-stream"):
+        return log_stream(services.hub, services.store, run, job_id, attempt, last_event_id or after)
+    logs = {a.number: a.log for a in run.attempts() if a.log.exists()}
     wanted = attempt or max(logs, default=0)
     if wanted not in logs:
         have = f"it has logs of {', '.join(map(str, logs))}" if logs else "it has not started yet"
         raise Refusal(404, "log_not_found", f"{job_id} has no log of attempt {attempt or 1}; {have}")
     with logs[wanted].open("rb") as file:
-        file.seek(max(0, logs[wanted].stat().st_size - LOG_BYTES))
-        return file.read(LOG_BYTES).decode("utf-8", "replace")
+        file.seek(max(0, logs[wanted].stat().st_size - LOG_TAIL_BYTES))
+        return PlainTextResponse(file.read(LOG_TAIL_BYTES).decode("utf-8", "replace"))
 
 
-def _wants_stream(request: Request) -> bool:
-    return "text/event-stream" in request.headers.get("accept", "")
+def _accepts(request: Request, media_type: str) -> bool:
+    return media_type in request.headers.get("accept", "")
 
 
 # ---- what a spec may name, and who would run it
@@ -270,13 +304,19 @@ def workers(services: With) -> list[Node]:
 
 
 class NodeChange(BaseModel):
-    schedulable: bool = Field(description="false: no new job is placed there; those it runs go on")
+    schedulable: bool = Field(strict=True, description="false: no new job is placed there; those it runs go on")
 
 
 @router.patch("/workers/{node_id}", tags=["service"])
 def change_worker(node_id: str, change: NodeChange, services: With) -> Node:
     """Drain a node, or use it again."""
     return services.store.set_schedulable(node_id, change.schedulable)
+
+
+@router.get("/audit", tags=["service"])
+def audit(services: With, limit: Limit = 100) -> list[AuditEntry]:
+    """Who asked for what, reading aside, and what was done with keys: newest first."""
+    return services.keys.audit(limit)
 
 
 @router.get("/healthz", tags=["service"])
@@ -291,6 +331,17 @@ def readyz(services: With) -> Health:
     if not any(node.live for node in services.store.list_nodes()):
         raise Refusal(503, "no_worker", "no worker is live; start one: trainmaster worker")
     return Health(status="ready")
+
+
+@router.get(
+    "/metrics",
+    tags=["service"],
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+def prometheus(services: With) -> Response:
+    """For Prometheus: jobs by status, waiting times, speed and loss of running jobs, requests, streams."""
+    return Response(generate_latest(services.monitor.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/", include_in_schema=False)

@@ -5,8 +5,8 @@ What was read stays in memory, and a poll reads only what was appended since.
 
 from __future__ import annotations
 
-import json
-import math
+import csv
+import io
 import threading
 from array import array
 from bisect import bisect_left, bisect_right
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import from_json
 
-from gptcore.events import read_lines
+from gptcore.events import Sampled, read_lines
 from gptcore.rundir import RunDir
 
 Key = Literal[
@@ -45,18 +46,33 @@ class Metrics(BaseModel):
     last_event_id: str = Field(description="{attempt}-{seq} of the newest event read: a stream goes on after it")
     series: dict[str, Points]
 
+    def to_csv(self) -> str:
+        """A row a step, a column a key; empty where there is no value."""
+        columns = {key: dict(zip(points.step, points.value, strict=True)) for key, points in self.series.items()}
+        file = io.StringIO()
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["step", *columns])
+        for step in sorted(set().union(*columns.values())):
+            rows.writerow([step, *(column.get(step, "") for column in columns.values())])
+        return file.getvalue()
+
 
 class Curve:
     def __init__(self) -> None:
         self._steps = array("q")
         self._values = array("d")
+        self._has_nan = False
+        # bucket width to (points in its complete buckets, which of them to show): those never change
+        self._thinned: dict[int, tuple[int, list[int]]] = {}
 
     def put(self, step: int, value: float) -> None:
         """Calls come in the order of event ids: of a step that came before, the newer value counts."""
+        self._has_nan |= value != value
         if not self._steps or step > self._steps[-1]:
             self._steps.append(step)
             self._values.append(value)
             return
+        self._thinned.clear()
         at = bisect_left(self._steps, step)
         if self._steps[at] == step:
             self._values[at] = value
@@ -64,37 +80,45 @@ class Curve:
             self._steps.insert(at, step)
             self._values.insert(at, value)
 
-    def points(self, from_step: int | None, to_step: int | None, max_points: int | None) -> Points:
+    def points(self, from_step: int | None = None, to_step: int | None = None, max_points: int | None = None) -> Points:
         """The steps asked for, both ends included, thinned to `max_points` (10 or more)."""
         start = 0 if from_step is None else bisect_left(self._steps, from_step)
         stop = len(self._steps) if to_step is None else bisect_right(self._steps, to_step)
-        steps, values = self._steps[start:stop], self._values[start:stop]
-        if max_points is None or len(steps) <= max_points:
-            return Points(step=steps.tolist(), value=values.tolist())
-        kept = _extremes(steps, values, max_points)
-        return Points(step=[steps[i] for i in kept], value=[values[i] for i in kept])
+        if max_points is None or stop - start <= max_points:
+            return Points(step=self._steps[start:stop].tolist(), value=self._values[start:stop].tolist())
+        shown = self._thin(start, stop, max_points)
+        return Points(step=[self._steps[i] for i in shown], value=[self._values[i] for i in shown])
 
+    def _thin(self, start: int, stop: int, max_points: int) -> list[int]:
+        """Indices of the extremes of each bucket of steps, and of the last point.
 
-def _extremes(steps: array[int], values: array[float], max_points: int) -> list[int]:
-    """Indices of the least and greatest value of each bucket of steps, a NaN if there is one, and the last.
+        A bucket is 2^n steps wide and begins at a multiple of that: it stays as it is while points append.
+        """
+        span, width = self._steps[stop - 1] - self._steps[start], 1
+        while (3 if self._has_nan else 2) * (span // width + 2) > max_points - 1:
+            width *= 2
+        at, shown = self._thinned.get(width, (0, [])) if start == 0 else (start, [])
+        if at >= stop:  # a window that ends before
+            at, shown = start, []
+        while True:
+            end = bisect_left(self._steps, (self._steps[at] // width + 1) * width, at, stop)
+            found = self._extremes(at, end)
+            if end == stop:
+                break
+            shown += found
+            at = end
+        if start == 0:
+            self._thinned[width] = at, shown
+        return shown + sorted({*found, stop - 1})
 
-    A bucket is 2^n steps wide and begins at a multiple of that: it stays as it is while points append.
-    """
-    points_of_bucket = 3 if math.isnan(sum(values)) else 2
-    width = 1
-    while points_of_bucket * ((steps[-1] - steps[0]) // width + 2) > max_points - 1:
-        width *= 2
-    kept = {len(steps) - 1}
-    start = 0
-    while start < len(steps):
-        stop = bisect_left(steps, (steps[start] // width + 1) * width, start)
-        bucket = values[start:stop]
-        numbers = [value for value in bucket if value == value]
-        kept |= {start + bucket.index(extreme(numbers)) for extreme in (min, max) if numbers}
-        if len(numbers) < len(bucket):
-            kept.add(start + next(i for i, value in enumerate(bucket) if value != value))
-        start = stop
-    return sorted(kept)
+    def _extremes(self, start: int, stop: int) -> list[int]:
+        """Indices of the least and the greatest value, and of a NaN if there is one."""
+        values = self._values[start:stop]
+        numbers = [value for value in values if value == value] if self._has_nan else values
+        found = {start + values.index(extreme(numbers)) for extreme in (min, max) if numbers}
+        if len(numbers) < len(values):
+            found.add(start + next(i for i, value in enumerate(values) if value != value))
+        return sorted(found)
 
 
 class Run:
@@ -104,10 +128,24 @@ class Run:
         self._run_dir = RunDir(path)
         self._offsets: defaultdict[int, int] = defaultdict(int)  # attempt to bytes read of its events
         self._curves: dict[str, Curve] = {key: Curve() for key in KEYS}
+        self._samples: dict[int, Sampled] = {}
+        self._started: dict[str, Any] = {}
         self._last_event_id = "0-0"
         self._lock = threading.Lock()  # polls come from many threads
 
-    def metrics(self, keys: Iterable[str] | None, **window: int | None) -> Metrics:
+    def started(self) -> dict[str, Any]:
+        """The newest attempt's first event; empty where there is none."""
+        with self._lock:
+            self._read_on()
+            return self._started
+
+    def samples(self) -> list[Sampled]:
+        """By step."""
+        with self._lock:
+            self._read_on()
+            return [self._samples[step] for step in sorted(self._samples)]
+
+    def metrics(self, keys: Iterable[str] | None = None, **window: int | None) -> Metrics:
         """Read what is new, then answer: all curves, or those asked for. `window`: from_step, to_step, max_points."""
         with self._lock:
             self._read_on()
@@ -119,16 +157,23 @@ class Run:
         for attempt in [attempt for attempt in self._run_dir.attempts() if attempt.events.exists()]:
             for offset, line in read_lines(attempt.events, self._offsets[attempt.number]):
                 self._offsets[attempt.number] = offset
-                self._take(json.loads(line))
+                self._take(from_json(line))  # twice as fast as json's
 
     def _take(self, event: dict[str, Any]) -> None:
         self._last_event_id = f"{event['attempt']}-{event['seq']}"
+        if event["type"] == "started":
+            self._started = event
+        if event["type"] == "sampled":
+            self._samples[event["step"]] = Sampled.model_validate(event)
         if event["type"] not in EVENT_TYPES:
             return
-        values = event["results"] if event["type"] == "scored" else {key: event.get(key) for key in KEYS}
-        for key, value in values.items():
-            if value is not None:
-                self._curves.setdefault(key, Curve()).put(event["step"], float(value))  # also "NaN" and "Infinity"
+        step, results = event["step"], event.get("results", {})
+        for key in results:
+            self._curves.setdefault(key, Curve())
+        values = results if event["type"] == "scored" else event
+        for key, curve in self._curves.items():
+            if (value := values.get(key)) is not None:
+                curve.put(step, float(value))  # also "NaN" and "Infinity"
 
 
 class RunCache:

@@ -1,47 +1,118 @@
-"""A job's events as server-sent events, from the store's stream, until the job has ended."""
+"""A job's events and logs as server-sent events, until the job has ended."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
-from typing import cast
 
 import redis
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
-from worker.follow import follow_events
-from worker.store import Store
+from api.hub import Hub
+from gptcore.rundir import RunDir
+from worker.store import JobNotFound, Store
 
 RECONNECT_MILLISECONDS = 1000
+LOG_TAIL_BYTES, LOG_CHUNK_BYTES = 1 << 20, 1 << 16
+LOG_POLL_SECONDS, KEEPALIVE_SECONDS = 0.5, 10.0
+AWAY = (redis.ConnectionError, redis.TimeoutError)
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"}
 
 
-def event_stream(store: Store, job_id: str, after: str, types: Collection[str] = ()) -> EventSourceResponse:
+def event_stream(hub: Hub, store: Store, job_id: str, after: str, types: Collection[str] = ()) -> EventSourceResponse:
     """Events behind `after`, of `types` or all; each is `id`, `event` (its type) and `data` (its JSON).
 
     The last message is `event: end` with the job's status. A stream that closes without one goes on
     for a client that comes back with Last-Event-ID.
     """
-    return EventSourceResponse(_messages(store, job_id, after, types), headers=HEADERS)
+    return EventSourceResponse(_messages(hub, store, job_id, after, types), headers=HEADERS)
 
 
-async def _messages(store: Store, job_id: str, after: str, types: Collection[str]) -> AsyncGenerator[bytes]:
+async def _messages(hub: Hub, store: Store, job_id: str, after: str, types: Collection[str]) -> AsyncGenerator[bytes]:
     yield format_sse_event(retry=RECONNECT_MILLISECONDS)
-    followed = cast("AsyncGenerator[tuple[str, str] | None]", follow_events(store.url, job_id, after))
     try:
-        async with aclosing(followed) as news:
-            async for item in news:
-                yield KEEPALIVE_COMMENT if item is None else _message(*item, types)
-        job = await run_in_threadpool(store.get_job, job_id)
-    except (redis.ConnectionError, redis.TimeoutError):
+        async with aclosing(hub.watch(job_id, after)) as watched:
+            async for news in watched:
+                # a comment proves that the stream lives
+                yield b"".join(m.sent for m in news if not types or m.type in types) or KEEPALIVE_COMMENT
+        status, ended = await run_in_threadpool(_status, store, job_id)
+    except AWAY:
         return  # closed without an end: the client comes back, and so does Redis
-    yield format_sse_event(event="end", data_str=json.dumps({"status": job.status}))
+    if ended:
+        yield _end(status)
 
 
-def _message(event_id: str, line: str, types: Collection[str]) -> bytes:
-    kind = json.loads(line)["type"]
-    if types and kind not in types:
-        return KEEPALIVE_COMMENT  # proves that the stream lives
-    return format_sse_event(id=event_id, event=kind, data_str=line)
+def _end(status: str) -> bytes:
+    return format_sse_event(event="end", data_str=json.dumps({"status": status}))
+
+
+def log_stream(
+    hub: Hub, store: Store, run: RunDir, job_id: str, attempt: int | None, after: str | None
+) -> EventSourceResponse:
+    """What the trainer prints, as `log` messages with ids {attempt}-{byte}, from the newest attempt's last MiB on."""
+    attempt, offset = map(int, after.split("-")) if after else (attempt or 0, -1)
+    return EventSourceResponse(_log_messages(hub, store, run, job_id, attempt, offset), headers=HEADERS)
+
+
+async def _log_messages(
+    hub: Hub, store: Store, run: RunDir, job_id: str, attempt: int, offset: int
+) -> AsyncGenerator[bytes]:
+    yield format_sse_event(retry=RECONNECT_MILLISECONDS)
+    said_at = time.monotonic()
+    while not hub.closing:
+        try:
+            # asked before reading: what a job printed before it ended is there by then
+            status, ended = await run_in_threadpool(_status, store, job_id)
+        except AWAY:
+            return
+        attempt, offset, text = await run_in_threadpool(_read_log, run, attempt, offset, ended)
+        if text is None and ended:
+            yield _end(status)
+            return
+        if text is not None:
+            yield format_sse_event(id=f"{attempt}-{offset}", event="log", data_str=text)
+        elif time.monotonic() - said_at > KEEPALIVE_SECONDS:
+            yield KEEPALIVE_COMMENT
+        else:
+            await asyncio.sleep(LOG_POLL_SECONDS)
+            continue
+        said_at = time.monotonic()
+
+
+def _status(store: Store, job_id: str) -> tuple[str, bool]:
+    """And whether that is an end."""
+    try:
+        job = store.get_job(job_id)
+    except JobNotFound:
+        return "deleted", True
+    return job.status, job.ended
+
+
+def _read_log(run: RunDir, attempt: int, offset: int, ended: bool) -> tuple[int, int, str | None]:
+    """Whole lines behind a place in an attempt's log, then of the attempts after it → the place behind them, text.
+
+    `attempt` 0 is the newest, `offset` -1 its last MiB. A line is whole, too, where no more of it will come.
+    """
+    attempts = run.attempts()
+    logs = {a.number: a.log for a in attempts if a.log.exists()}
+    attempt = attempt or max(logs, default=0)
+    if attempt not in logs:
+        return attempt, offset, None
+    later = [number for number in logs if number > attempt]
+    with logs[attempt].open("rb") as file:
+        offset = max(0, logs[attempt].stat().st_size - LOG_TAIL_BYTES) if offset < 0 else offset
+        file.seek(offset)
+        chunk = file.read(LOG_CHUNK_BYTES)
+    if b"\n" in chunk:
+        chunk = chunk[: chunk.rfind(b"\n") + 1]
+    elif not (len(chunk) == LOG_CHUNK_BYTES or ended or attempts[-1].number > attempt):
+        chunk = b""
+    if chunk:
+        # a progress bar's returns would end a line of the stream
+        text = chunk.decode("utf-8", "replace").removesuffix("\n").replace("\r", "\n")
+        return attempt, offset + len(chunk), text
+    return _read_log(run, min(later), 0, ended) if later else (attempt, offset, None)

@@ -3,8 +3,8 @@ FROM python:3.11-slim-bookworm
 
 ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 TRAINMASTER_HOME=/data
 EXPOSE 8000
-# compose publishes this port on the host's loopback only
-CMD ["trainmaster", "api", "--host", "0.0.0.0", "--port", "8000", "--behind-loopback"]
+# without a key it would not listen beyond loopback: the first start makes one
+CMD ["trainmaster", "api", "--host", "0.0.0.0", "--port", "8000", "--first-key", "/data/api-key"]
 
 RUN useradd --uid 1000 --create-home trainmaster && install -d -o trainmaster -g trainmaster /data
 WORKDIR /app

@@ -26,8 +26,6 @@ from gptcore.rundir import RunDir, write_atomically
 from gptcore.spec import TrainSpec
 from gptcore.state import TrainState
 
-_NAME = re.compile(r"step-(\d{8,})-a(\d{4,})")
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -52,21 +50,8 @@ class Checkpoint:
 
 
 def list_checkpoints(run: RunDir) -> list[Checkpoint]:
-    """Complete ones, oldest first: by step, then attempt. Folders of sizes other than noted are passed over."""
-    found = []
-    for path in run.checkpoints.glob("step-*") if run.checkpoints.is_dir() else []:
-        match = _NAME.fullmatch(path.name)
-        if match and _complete(path):
-            found.append(Checkpoint(path, int(match[1]), int(match[2])))
-    return sorted(found, key=lambda c: (c.attempt, c.step))
-
-
-def _complete(path: Path) -> bool:
-    try:
-        sizes = json.loads((path / "state.json").read_text())["sizes"]
-        return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+    """Complete ones, oldest first: by attempt, then step."""
+    return [Checkpoint(*found) for found in run.complete_checkpoints()]
 
 
 @dataclass(frozen=True)

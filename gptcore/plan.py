@@ -45,6 +45,23 @@ class Parameters(BaseModel):
     hidden_matrices: int  # 2-D weights inside the blocks: Muon's share
 
 
+class Range(BaseModel):
+    low: float
+    expected: float
+    high: float
+
+
+class Estimate(BaseModel):
+    """How long and how much, without the queue. Made where past runs are known: by the API."""
+
+    tokens_per_second: Range  # evaluations and checkpoints included
+    seconds: Range
+    cost: Range | None  # in the currency of the price a GPU-hour; null: no price set, or no GPU
+    basis: Literal["past_runs", "hardware"]
+    past_runs: int  # like this one
+    past_plans_off: float | None  # the median of their real over their estimated seconds, minus 1
+
+
 class Plan(BaseModel):
     """What a train spec comes to on given hardware."""
 
@@ -68,6 +85,7 @@ class Plan(BaseModel):
     native_class: str | None
     not_exportable_because: str
     warnings: list[str]
+    estimate: Estimate | None = None
 
 
 def resolve(spec: TrainSpec, datasets: Path) -> TrainSpec:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +73,15 @@ class RunDir:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def complete_checkpoints(self) -> list[tuple[Path, int, int]]:
+        """Folder, step and attempt, by attempt, then step. Those of other sizes than noted are passed over."""
+        found = []
+        for path in self.checkpoints.glob("step-*") if self.checkpoints.is_dir() else []:
+            match = re.fullmatch(r"step-(\d{8,})-a(\d{4,})", path.name)
+            if match and _has_noted_sizes(path):
+                found.append((path, int(match[1]), int(match[2])))
+        return sorted(found, key=lambda one: (one[2], one[1]))
+
     @property
     def export(self) -> Path:
         return self.path / "export"
@@ -105,6 +116,14 @@ class RunDir:
         for attempt in self.attempts():
             if attempt.events.exists():
                 yield from read_events(attempt.events)
+
+
+def _has_noted_sizes(checkpoint: Path) -> bool:
+    try:
+        sizes = json.loads((checkpoint / "state.json").read_text())["sizes"]
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -64,7 +64,15 @@ Tasks = Annotated[tuple[str, ...], Field(max_length=100), AfterValidator(_known_
 
 
 class Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # strict: true is no 1 and "3" no 3, as the JSON schema says
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _json_has_no_tuples(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 class ModelSpec(Spec):

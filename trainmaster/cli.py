@@ -5,10 +5,11 @@ Commands import what they need themselves: `--help` and `plan` must not wait for
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from trainmaster.client import Client, TrainmasterError
 
 if TYPE_CHECKING:
     from trainmaster.stack import Stack
+    from worker.keyring import KeyRing
     from worker.settings import Settings
 
 app = typer.Typer(
@@ -29,6 +31,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+keys = typer.Typer(help="Keys that let others use the API.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
@@ -38,9 +42,6 @@ Url = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Host = Annotated[str, typer.Option(help="address to listen on")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0: any free one")]
-BehindLoopback = Annotated[
-    bool, typer.Option("--behind-loopback", help="others can reach this host only through a loopback address")
-]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="the job's id")]
 SpecFile = Annotated[
     str,
@@ -55,18 +56,28 @@ class Mistake(Exception):
 @app.command()
 def up(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Start the local stack: Redis, the API and a worker. Ctrl-C stops it."""
-    _only_loopback(host, behind_loopback=False)
     _run_stack(host=host, port=port)
 
 
 @app.command()
-def api(host: Host = "127.0.0.1", port: Port = 8000, behind_loopback: BehindLoopback = False) -> None:
+def api(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    first_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="where there is no key yet, make an admin's and leave it here")
+    ] = None,
+) -> None:
     """Start only the API."""
-    _only_loopback(host, behind_loopback)
     if _redis_is_given():
         from trainmaster.serve import listen, serve
+        from worker.keyring import KeyRing
 
-        serve(listen(host, port))
+        redis_url = _settings().redis_url
+        if first_key:
+            KeyRing.connect(redis_url).create_first(first_key)
+        serve(listen(host, port, redis_url))
+    elif first_key:
+        raise Mistake("--first-key goes with TRAINMASTER_REDIS_URL; use trainmaster keys create")
     else:
         _run_stack(host=host, port=port, worker=False, logs=False)
 
@@ -159,6 +170,59 @@ def submit(
         console.print(f"{job['id']} {job['status']}")
     if watch:
         raise typer.Exit(_watch(client, job["id"], as_json))
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="whose it is, or what for")],
+    scope: Annotated[
+        Literal["read", "submit", "admin"],
+        typer.Option(help="read: look; submit: also run and stop jobs; admin: also delete jobs and drain workers"),
+    ] = "submit",
+    as_json: AsJson = False,
+) -> None:
+    """Make a key and print it, once. From the first key on, the server asks for one."""
+    with _keyring() as ring:
+        key, text = ring.create(name, scope)
+    if as_json:
+        _print_json({**key.model_dump(mode="json", exclude={"sha256"}), "key": text})
+    else:
+        errors.print(f"key {key.id} of scope {scope}; keep it, it cannot be shown again:")
+        typer.echo(text)
+
+
+@keys.command("list")
+def list_keys(as_json: AsJson = False) -> None:
+    """List keys, oldest first."""
+    from trainmaster.tables import keys_table
+
+    with _keyring() as ring:
+        found = [key.model_dump(mode="json", exclude={"sha256"}) for key in ring.all()]
+    if as_json:
+        _print_json(found)
+    else:
+        console.print(keys_table(found))
+
+
+@keys.command("revoke")
+def revoke_key(key: Annotated[str, typer.Argument(metavar="KEY", help="the key's id, as `list` shows it")]) -> None:
+    """Make a key worthless, at once."""
+    with _keyring() as ring:
+        if not ring.revoke(key):
+            raise Mistake(f"there is no key {key!r}; trainmaster keys list shows what there is")
+    console.print(f"{key} revoked")
+
+
+@contextmanager
+def _keyring() -> Iterator[KeyRing]:
+    """Keys lie in Redis: who may reach it may make them. A local one is started where it does not run."""
+    from trainmaster.stack import Stack
+    from worker.keyring import KeyRing
+
+    with Stack(_settings(), own_redis=not _redis_is_given(), api=False, worker=False) as stack:
+        ring = KeyRing.connect(stack.redis_url)
+        yield ring
+        ring.close()
 
 
 @app.command("list")
@@ -260,24 +324,10 @@ def _expected() -> tuple[type[Exception], ...]:
         ("trainmaster.part", "PartFailed"),
         ("trainmaster.redis_server", "NoRedis"),
         ("trainmaster.serve", "AddressTaken"),
+        ("trainmaster.serve", "KeyNeeded"),
     ]
     found = [getattr(sys.modules[module], name) for module, name in names if module in sys.modules]
     return (*found, Mistake, TrainmasterError)
-
-
-def _only_loopback(host: str, behind_loopback: bool) -> None:
-    if behind_loopback or host == "localhost":
-        return
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise typer.BadParameter(
-            f"{host} is reachable from other machines and this server asks for no key; use 127.0.0.1, or "
-            f"--behind-loopback of `trainmaster api` where only this machine can reach {host}",
-            param_hint="--host",
-        )
 
 
 def _settings() -> Settings:
@@ -307,8 +357,12 @@ def _run_stack(**options: Any) -> None:
 
 
 def _say_where(stack: Stack, home: Path) -> None:
+    from worker.keyring import KeyRing
+
     if stack.url:
         console.print(f"trainmaster is up at [link]{stack.url}[/link]  (API and page; Ctrl-C stops it)")
+        if KeyRing.connect(stack.redis_url).is_empty():
+            console.print("there is no API key: only this machine can reach it (trainmaster keys create)")
     console.print(f"runs, datasets, Redis and logs are in {home}", markup=False, soft_wrap=True)
 
 

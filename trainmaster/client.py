@@ -49,12 +49,18 @@ class TrainmasterError(Exception):
 
 
 class Client:
-    """`url` is the server's; by default TRAINMASTER_URL's, else that of a local `trainmaster up`."""
+    """`url` is the server's; by default TRAINMASTER_URL's, else that of a local `trainmaster up`.
 
-    def __init__(self, url: str | None = None):
-        self.url = (url or Settings.from_environment().url).rstrip("/")
+    `api_key` is needed once the server has keys; by default TRAINMASTER_API_KEY's.
+    """
+
+    def __init__(self, url: str | None = None, api_key: str | None = None):
+        settings = Settings.from_environment()
+        self.url = (url or settings.url).rstrip("/")
+        key = api_key or settings.api_key
         self._http = httpx2.Client(
             base_url=self.url,
+            headers={"Authorization": f"Bearer {key}"} if key else None,
             timeout=httpx2.Timeout(30.0, connect=5.0),
             trust_env=not _is_loopback(self.url),  # a proxy cannot reach this machine's own server
         )
@@ -71,7 +77,10 @@ class Client:
         self._http.close()
 
     def submit(self, spec: Json, idempotency_key: str | None = None) -> Json:
-        """Queue a job spec → the job. With the key of an earlier call: that call's job."""
+        """Queue a job spec, or {"from": job id, "overrides": changes to its spec} → the job.
+
+        With the key of an earlier call: that call's job.
+        """
         key = idempotency_key or str(uuid.uuid4())
         return self._call("POST", "/jobs", json=spec, headers={"Idempotency-Key": key})
 
@@ -98,9 +107,17 @@ class Client:
         """Queue a paused job again → the job."""
         return self._call("POST", f"/jobs/{job_id}/resume")
 
+    def delete(self, job_id: str) -> None:
+        """Delete a job that has ended, with its run directory."""
+        self._call("DELETE", f"/jobs/{job_id}")
+
     def metrics(self, job_id: str, **query: Any) -> Json:
         """A run's curves → {"job_id", "last_event_id", "series": {key: {"step": [], "value": []}}}."""
         return self._call("GET", f"/jobs/{job_id}/metrics", params=query)
+
+    def compare(self, *job_ids: str, **query: Any) -> Json:
+        """Several runs on one axis (`by`: step, tokens, seconds), what differs in their specs, and where they part."""
+        return self._call("GET", "/compare", params={"job": list(job_ids), **query})
 
     def events(self, job_id: str, after: str | None = None) -> Iterator[Json]:
         """Every event of a job, live, until the job has ended; `after` is the id of the last one known.
@@ -140,7 +157,7 @@ class Client:
                 trial.failed(_unreachable(error))
                 continue
             if response.is_success:
-                answer: Json = response.json()
+                answer: Json = response.json() if response.content else {}
                 return answer
             trial.failed(_refusal(response))
 

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import sys
-
-# open event streams never end by themselves; readers reconnect to the next server
-GRACE_SECONDS = 2
 
 
 class AddressTaken(Exception):
     """The API cannot listen there."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 is any free one. Raises AddressTaken."""
+class KeyNeeded(Exception):
+    """Others can reach that address, and no key says who may."""
+
+
+def listen(host: str, port: int, redis_url: str) -> socket.socket:
+    """A listening socket; port 0 is any free one. Raises AddressTaken, and KeyNeeded by what this Redis holds."""
+    from worker.keyring import KeyRing
+
     try:
-        return socket.create_server((host, port))
+        listener = socket.create_server((host, port))
     except OSError as error:
         raise AddressTaken(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
+    if not _is_loopback(listener) and KeyRing.connect(redis_url).is_empty():
+        listener.close()
+        raise KeyNeeded(
+            f"{host} is reachable from other machines and there is no API key: anyone could use this server; "
+            "make one first (trainmaster keys create NAME --scope admin), or listen on 127.0.0.1"
+        )
+    return listener
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def serve(listener: socket.socket) -> None:
     """Serve until SIGTERM."""
     # imported here: a parent that only binds the socket needs none of it
-    import uvicorn
-
-    from api.app import create_app
+    from api.monitoring import log_json_lines
+    from api.serving import Server
     from worker.settings import Settings
 
-    config = uvicorn.Config(
-        create_app(Settings.from_environment()),
-        access_log=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    log_json_lines()
+    Server(Settings.from_environment(), open_without_keys=_is_loopback(listener)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

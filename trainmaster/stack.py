@@ -76,6 +76,10 @@ class Stack:
     ) -> None:
         self.close()
 
+    @property
+    def redis_url(self) -> str:
+        return self._settings.redis_url
+
     def check(self) -> None:
         """Raises PartFailed when a part has ended. Takes over what another stack of this home let go.
 
@@ -148,7 +152,8 @@ class Stack:
 
     def _start_api(self) -> None:
         host, port = self._address
-        with listen(host, port) as listener:  # bound here and served there: no port is lost between
+        # bound here and served there: no port is lost between
+        with listen(host, port, self._settings.redis_url) as listener:
             command = [sys.executable, "-m", "trainmaster.serve", str(listener.fileno())]
             self._start("api", command, pass_fds=[listener.fileno()])
             self.url = f"http://{host}:{listener.getsockname()[1]}"

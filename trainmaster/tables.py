@@ -34,10 +34,22 @@ def plan_table(name: str, plan: Mapping[str, Any]) -> Table:
         ("compute", f"{plan['total_flops']:.2e} FLOPs, {plan['flops_per_token']:,} a token"),
         ("memory", f"{size(plan['peak_memory_bytes'])} a rank at most, estimated"),
         ("checkpoint", size(plan["checkpoint_bytes"])),
+        *_estimate_rows(plan.get("estimate")),
         ("exports as", plan["native_class"] or f"nothing: {plan['not_exportable_because']}"),
         *(("warning", warning) for warning in plan["warnings"]),
     ]
     return facts(f"plan of {name}", rows)
+
+
+def _estimate_rows(estimate: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if not estimate:
+        return []
+    of = f"from {estimate['past_runs']} runs like it" if estimate["past_runs"] else "from the hardware alone"
+    hours = {name: value / 3600 for name, value in estimate["seconds"].items()}
+    rows = [("time", f"{hours['expected']:,.2f} h ({hours['low']:,.2f} to {hours['high']:,.2f}), {of}")]
+    if cost := estimate["cost"]:
+        rows.append(("cost", f"{cost['expected']:,.2f} ({cost['low']:,.2f} to {cost['high']:,.2f})"))
+    return rows
 
 
 def job_table(job: Mapping[str, Any]) -> Table:
@@ -76,6 +88,13 @@ def jobs_table(jobs: Iterable[Mapping[str, Any]]) -> Table:
             f"{best['val_loss']:.4f}" if best else "",
             moment(job["created_at"], "%m-%d %H:%M"),
         )
+    return table
+
+
+def keys_table(keys: Iterable[Mapping[str, Any]]) -> Table:
+    table = Table("id", "name", "scope", "created", box=SIMPLE)
+    for key in keys:
+        table.add_row(key["id"], Text(key["name"]), key["scope"], moment(key["created_at"]))
     return table
 
 

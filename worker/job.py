@@ -118,7 +118,7 @@ class JobPage(Record):
 
 
 class StatusChange(Record):
-    """One line of the job system's own stream. `who`: api, scheduler, or a node's launcher."""
+    """One line of the job system's own stream. `who`: anyone, an API key, scheduler, or a node's launcher."""
 
     id: str
     time: datetime

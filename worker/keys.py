@@ -29,6 +29,8 @@ KEYS = {
     "outbox": "trainmaster:outbox",  # list of tickets reserved but not yet handed to RQ
     "tick": "trainmaster:tick",  # when an agent last looked for lost attempts
     "hold": "trainmaster:hold",  # until when nothing is given up or placed, after a gap in looking
+    "keys": "trainmaster:keys",  # hash: id of an API key to its record, the secret hashed
+    "audit": "trainmaster:audit",  # stream of what was done with keys, the newest entries
     "doorbell": "trainmaster:doorbell",  # channel: something to schedule, or to stop
 }
 

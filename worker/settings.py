@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self, cast
 
@@ -19,6 +19,7 @@ class Settings:
     home: Path  # redis/ runs/ datasets/
     redis_url: str = DEFAULT_REDIS_URL
     url: str = DEFAULT_URL  # of the server that the command line talks to
+    api_key: str = field(default="", repr=False)  # that the command line and the client send
     pool: str = "default"
     node: str = ""  # this node's name; empty: made from the machine's and the home's
     address: str = ""  # by which other nodes reach this one; empty: as seen on the way to Redis
@@ -26,6 +27,7 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     grace_seconds: float = 60.0  # from a stop's word to the kill of the whole tree
     max_attempts: int = 3  # lost in a row without a new checkpoint
+    price_per_gpu_hour: float = 0.0  # in whatever currency; 0: none is shown
     hf_namespaces: tuple[str, ...] = ()  # owners on the Hub in whose name jobs may publish
     trainer: str = ""  # program run in torchrun's place with RUN_DIR --attempt N: tests of process handling
 
@@ -49,13 +51,14 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
         """Raises ValueError naming the variable that cannot be used."""
         env = {k: v for k, v in (os.environ if environment is None else environment).items() if v}
-        device = env.get("TRAINMASTER_DEVICE", "auto")
+        device, price = env.get("TRAINMASTER_DEVICE", "auto"), "TRAINMASTER_PRICE_PER_GPU_HOUR"
         if device not in DEVICES:
             raise ValueError(f"TRAINMASTER_DEVICE {device!r} is unknown; use one of {', '.join(DEVICES)}")
         return cls(
             home=Path(env.get("TRAINMASTER_HOME", "~/.trainmaster")).expanduser().absolute(),
             redis_url=env.get("TRAINMASTER_REDIS_URL", DEFAULT_REDIS_URL),
             url=env.get("TRAINMASTER_URL", DEFAULT_URL).rstrip("/"),
+            api_key=env.get("TRAINMASTER_API_KEY", "").strip(),
             pool=env.get("TRAINMASTER_POOL", "default"),
             node=_word(env, "TRAINMASTER_NODE"),
             address=env.get("TRAINMASTER_ADDRESS", ""),
@@ -63,12 +66,13 @@ class Settings:
             device=cast(Literal["auto", "cpu", "cuda"], device),
             grace_seconds=_number(env, "TRAINMASTER_GRACE_SECONDS", cls.grace_seconds),
             max_attempts=int(_number(env, "TRAINMASTER_MAX_ATTEMPTS", cls.max_attempts)),
+            price_per_gpu_hour=_number(env, price, 0.0) if env.get(price) else 0.0,
             hf_namespaces=tuple(filter(None, re.split(r"[,\s]+", env.get("TRAINMASTER_HF_NAMESPACES", "")))),
             trainer=env.get("TRAINMASTER_TRAINER", ""),
         )
 
     def to_environment(self) -> dict[str, str]:
-        """The variables that make a child process read these same settings."""
+        """The variables that make a child process read these same settings, but for the API key: none needs it."""
         return {
             "TRAINMASTER_HOME": str(self.home),
             "TRAINMASTER_REDIS_URL": self.redis_url,
@@ -80,6 +84,7 @@ class Settings:
             "TRAINMASTER_DEVICE": self.device,
             "TRAINMASTER_GRACE_SECONDS": str(self.grace_seconds),
             "TRAINMASTER_MAX_ATTEMPTS": str(self.max_attempts),
+            "TRAINMASTER_PRICE_PER_GPU_HOUR": str(self.price_per_gpu_hour or ""),
             "TRAINMASTER_HF_NAMESPACES": ",".join(self.hf_namespaces),
             "TRAINMASTER_TRAINER": self.trainer,
         }

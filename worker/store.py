@@ -1,7 +1,6 @@
 """The truth about jobs and nodes, in Redis. What must happen as a whole is one Lua script (`worker/lua/`).
 
-Nothing here retries: a command that timed out may have run, and redis-py's own retries would run it
-twice. Every method may raise `redis.ConnectionError` or `redis.TimeoutError`.
+Nothing here retries. Every method may raise `redis.ConnectionError` or `redis.TimeoutError`.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ from datetime import datetime
 from typing import Any, Self, cast
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from gptcore.plan import Hardware, Plan
 from gptcore.spec import AnySpec
+from worker.connection import connect_redis
 from worker.doorbell import Doorbell
 from worker.job import (
     Job,
@@ -38,7 +36,8 @@ EVENTS_KEPT = 100_000  # newest of a run in Redis; all of them are in the run di
 FORGET_NODE_SECONDS = 3600.0
 
 SCRIPTS = (
-    "create", "stop", "resume", "reserve", "claim", "renew", "leave", "ship", "reassert", "finish", "lose", "retire",
+    "create", "list", "stop", "resume", "delete", "reserve", "claim", "renew", "leave", "ship", "reassert", "finish",
+    "lose", "retire",
 )  # fmt: skip
 
 
@@ -78,16 +77,7 @@ class Store:
 
     @classmethod
     def connect(cls, url: str, socket_timeout: float = 5.0) -> Self:
-        """`url` as redis-py takes it: redis://, rediss://, unix://."""
-        client = redis.Redis.from_url(
-            url,
-            decode_responses=True,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=socket_timeout,
-            socket_connect_timeout=socket_timeout,
-            health_check_interval=0,
-        )
-        return cls(client, url)
+        return cls(connect_redis(url, socket_timeout), url)
 
     def close(self) -> None:
         self._redis.close()
@@ -131,6 +121,10 @@ class Store:
                 raise IdempotencyConflict(
                     f"Idempotency-Key {idempotency_key!r} was used for {job_id} with another body; use a new key"
                 )
+            if outcome == "deleted":
+                raise IdempotencyConflict(
+                    f"Idempotency-Key {idempotency_key!r} was used for {job_id}, which was deleted; use a new key"
+                )
             if outcome != "taken":
                 return self.get_job(job_id), outcome == "created"
 
@@ -163,45 +157,26 @@ class Store:
         status: str | None = None,
         kind: str | None = None,
         label: str | None = None,
+        name: str | None = None,
         limit: int = 20,
         after: str | None = None,
     ) -> JobPage:
         """Newest first. `label` is "key" or "key=value"; `after` a page's `next`. Raises BadCursor."""
         if after is not None and not after.isdecimal():
             raise BadCursor(f"after {after!r} is no cursor; use the `next` of the page before")
+        key, has_value, value = (label or "").partition("=")
+        asked = {"status": status, "kind": kind, "name": name, "label": key if label is not None else None}
+        filters = {field: text for field, text in asked.items() if text is not None}
+        if has_value:
+            filters["value"] = value
         below = "+inf" if after is None else f"({after}"
-        matching: list[tuple[str, str]] = []  # job id, its number
-        while len(matching) <= limit:
-            batch = self._redis.zrevrangebyscore(KEYS["jobs"], below, "-inf", 0, 500, withscores=True)
-            numbered = [(job_id, str(int(number))) for job_id, number in batch]
-            matching += self._matching(numbered, status, kind, label)
-            if len(batch) < 500:
-                break
-            below = f"({numbered[-1][1]}"
-        has_more = len(matching) > limit
-        page = matching[:limit]
+        found = self._run("list", below, limit + 1, json.dumps(filters, ensure_ascii=False))
+        page, has_more = found[:limit], len(found) > limit
         return JobPage(
             data=self._get_jobs([job_id for job_id, _ in page]),
             has_more=has_more,
             next=page[-1][1] if has_more else None,
         )
-
-    def _matching(
-        self, numbered: list[tuple[str, str]], status: str | None, kind: str | None, label: str | None
-    ) -> list[tuple[str, str]]:
-        if status is None and kind is None and label is None:
-            return numbered
-        pipeline = self._redis.pipeline(transaction=False)
-        for job_id, _ in numbered:
-            pipeline.hmget(KEYS["job"] + job_id, ["status", "kind", "labels"])
-        key, has_value, value = (label or "").partition("=")
-        found = []
-        for entry, (its_status, its_kind, text) in zip(numbered, pipeline.execute(), strict=True):
-            labels = json.loads(text or "{}")
-            labelled = label is None or (key in labels and (not has_value or labels[key] == value))
-            if labelled and status in (None, its_status) and kind in (None, its_kind):
-                found.append(entry)
-        return found
 
     def request_cancel(self, job_id: str, who: str = "api") -> Job:
         """Wish a job's end; again and again does no more than once. Raises JobNotFound."""
@@ -221,6 +196,15 @@ class Store:
             way_out = "resume it once it is paused" if job.status == "pausing" else "submit it as a new job"
             raise NotPossible(f"{job_id} is {job.status}; {way_out}")
         return job
+
+    def delete_job(self, job_id: str, look: bool = False) -> None:
+        """Forget an ended job's record and streams; `look`: only whether it may be. Raises JobNotFound, NotPossible."""
+        why = self._run("delete", job_id, "look" if look else "")
+        if why is None:
+            raise JobNotFound(job_id)
+        if why:
+            way_out = f"{why} reads its files" if why.startswith("job-") else f"it is {why}: cancel it"
+            raise NotPossible(f"{job_id} cannot be deleted yet; {way_out}")
 
     def _ask(self, script_name: str, job_id: str, *args: str) -> Job:
         if self._run(script_name, job_id, *args) is None:

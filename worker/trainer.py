@@ -19,7 +19,7 @@ MODULES = {
     "prepare": "gptcore.prepare", "publish": "gptcore.publish_job",
 }  # fmt: skip
 # the job system's, none of a trainer's business
-_PRIVATE = ("TRAINMASTER_REDIS_URL", "TRAINMASTER_TRAINER")
+_PRIVATE = ("TRAINMASTER_REDIS_URL", "TRAINMASTER_API_KEY", "TRAINMASTER_TRAINER")
 
 
 @dataclass(frozen=True)

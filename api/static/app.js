@@ -1,6 +1,7 @@
 /* The page: a list of runs, and one run with its curves. Data goes into the document as text, never as markup. */
 
 import { Chart, Curve, drawSparkline } from "./charts.js";
+import { Refused, ask, fileUrl, follow, setKey } from "./server.js";
 
 const POLL_MILLISECONDS = 2000;
 const CURVE_POINTS = 4000;
@@ -10,21 +11,7 @@ const ENDED = ["succeeded", "failed", "cancelled"];
 const byId = (id) => document.getElementById(id);
 const path = (id, rest = "") => `/jobs/${encodeURIComponent(id)}${rest}`;
 
-// ---- talking to the server
-
-async function ask(url, options = {}) {
-  const response = await fetch(url, { cache: "no-store", ...options, headers: { Accept: "application/json" } });
-  const answer = await response.json();
-  if (!response.ok) throw new Refused(answer);
-  return answer;
-}
-
-class Refused extends Error {
-  constructor(problem) {
-    super(problem.detail);
-    this.code = problem.code;
-  }
-}
+// ---- saying things
 
 /* Says at the top of the page what does not work; with no text, that all is well again. */
 function complain(text = "") {
@@ -208,7 +195,7 @@ class RunView {
     this.id = id;
     this.job = null;
     this.curves = null;
-    this.source = null;
+    this.stream = null; // what stops it; null: poll() opens one
     this.drawn = true;
     for (const chart of Object.values(charts)) chart.clear();
     byId("run-title").textContent = "";
@@ -220,26 +207,30 @@ class RunView {
 
   /* All there is so far, then each event as it comes. */
   async open() {
-    this.source?.close();
+    this.close();
     const answer = await ask(path(this.id, `/metrics?max_points=${CURVE_POINTS}&keys=${CURVES.join("&keys=")}`));
     if (view !== this) return;
     this.curves = Object.fromEntries(CURVES.map((key) => [key, Curve.from(answer.series[key])]));
     this.draw();
     if (ENDED.includes(this.job.status)) return;
-    this.source = new EventSource(path(this.id, `/metrics?after=${answer.last_event_id}`));
-    for (const type of ["step", "evaluated"]) this.source.addEventListener(type, (event) => this.take(JSON.parse(event.data)));
-    this.source.addEventListener("end", () => {
-      this.source.close();
-      poll();
-    });
-    this.source.addEventListener("error", () => {
-      // refused, where a lost connection would be tried again by itself: poll() opens another
-      if (this.source.readyState === EventSource.CLOSED) this.source = null;
-    });
+    this.follow(answer.last_event_id);
+  }
+
+  async follow(after) {
+    const stream = (this.stream = new AbortController());
+    try {
+      await follow(path(this.id, `/metrics?after=${after}`), stream.signal, (type, event) => {
+        if (type === "end") poll();
+        else this.take(event);
+      });
+    } catch (error) {
+      if (!(error instanceof TypeError || error instanceof Refused || error.name === "AbortError")) throw error;
+    }
+    if (this.stream === stream) this.stream = null; // ended or lost: poll() looks which, and opens another
   }
 
   close() {
-    this.source?.close();
+    this.stream?.abort();
   }
 
   take(event) {
@@ -255,7 +246,7 @@ class RunView {
     this.job = job;
     if (before && before !== job.status) tell(`${job.name} is ${job.status}`);
     this.showJob();
-    if (!this.source) await this.open();
+    if (!this.stream && !(this.curves && ENDED.includes(before))) await this.open();
   }
 
   showJob() {
@@ -362,6 +353,24 @@ byId("cancel-yes").addEventListener("click", async () => {
   poll();
 });
 
+// ---- the key
+
+const keyDialog = byId("key-dialog");
+byId("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  setKey(byId("key").value.trim());
+  byId("key").value = "";
+  keyDialog.close();
+  poll();
+});
+
+for (const link of document.querySelectorAll(".links a")) {
+  link.addEventListener("click", (event) => {
+    event.preventDefault();
+    attempt(async () => open(await fileUrl(link.href)));
+  });
+}
+
 // ---- which view, and keeping it fresh
 
 let view = null; // a RunView, or null for the list
@@ -371,8 +380,10 @@ async function attempt(action) {
     await action();
     complain();
   } catch (error) {
-    if (error instanceof Refused) complain(error.message);
-    else if (error instanceof TypeError || error instanceof SyntaxError) complain("The server does not answer; trying again.");
+    if (error instanceof Refused) {
+      complain(error.message);
+      if (error.needsKey && !keyDialog.open) keyDialog.showModal();
+    } else if (error instanceof TypeError || error instanceof SyntaxError) complain("The server does not answer; trying again.");
     else throw error;
   }
 }

@@ -8,9 +8,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx2
-import uvicorn
 
-from api.app import create_app
+from api import serving
 from gptcore.events import Evaluated, EventBase, JsonlReport, Step, read_lines
 from gptcore.plan import Hardware
 from gptcore.rundir import RunDir
@@ -23,8 +22,9 @@ from worker.store import Store
 class Server:
     """Serves from `start` to `stop`, and again: always at the same address."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, **options: bool):
         self._settings = settings
+        self._options = options
         self._port = 0
         self.start()
         self.http = httpx2.Client(base_url=self.url, timeout=30, trust_env=False)
@@ -45,10 +45,7 @@ class Server:
     def start(self) -> None:
         listener = socket.create_server(("127.0.0.1", self._port))
         self._port = listener.getsockname()[1]
-        config = uvicorn.Config(
-            create_app(self._settings), log_level="warning", lifespan="on", timeout_graceful_shutdown=1
-        )
-        self._uvicorn = uvicorn.Server(config)
+        self._uvicorn = serving.Server(self._settings, **self._options)
         self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [listener]})
         self._thread.start()
         wait_until(lambda: self._uvicorn.started)
@@ -111,6 +108,10 @@ class FakeRun:
         if self._report:
             self._report.close()
             self._report = None
+
+    @property
+    def directory(self) -> RunDir:
+        return self._dir
 
     @property
     def events_file(self) -> Any:

@@ -51,6 +51,8 @@ BAD = {
     "an unknown field": (train_spec(max_step=3), "/max_step", ["max_step is no field", "max_steps"]),
     "an unknown kind": (train_spec(kind="trian"), "/kind", ["kind 'trian'", "train, prepare"]),
     "no kind": ({"name": "x"}, "/kind", ["missing", "train, prepare"]),
+    "a text for a number": (train_spec(max_steps="12"), "/max_steps", ["max_steps '12'", "integer"]),
+    "a truth for a number": (train_spec(max_steps=True), "/max_steps", ["max_steps True", "integer"]),
     "a missing field": ({"kind": "train", "name": "x"}, "/model", ["model is missing"]),
     "n_embd not divisible by n_head": (
         train_spec(model={"preset": "llama-tiny", "n_embd": 100, "n_head": 3}),

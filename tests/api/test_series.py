@@ -120,3 +120,31 @@ def test_thinned_points_stay_while_the_run_goes_on(values: list[float], value: f
     made.put(len(values) + 1, value)
     after = made.points(None, None, 100).step
     assert set(after) - {len(values) + 1} <= set(before)  # none comes back that was not shown
+
+
+STEPS = st.lists(st.tuples(st.integers(0, 500), st.floats(allow_nan=True, width=32)), min_size=1, max_size=300)
+
+
+@given(STEPS, st.sampled_from([10, 40, 200]), st.integers(1, 60))
+def test_a_curve_asked_again_and_again_is_thinned_as_if_for_the_first_time(
+    points: list[tuple[int, float]], max_points: int, every: int
+) -> None:
+    """What was thinned before is kept; steps that come again must not show what they were."""
+    asked, fresh = Curve(), Curve()
+    for number, (step_, value) in enumerate(points):
+        asked.put(step_, value)
+        if number % every == 0:
+            asked.points(None, None, max_points)
+            asked.points(None, step_, 10)
+    for step_, value in points:
+        fresh.put(step_, value)
+    for window in ((None, None), (None, 250), (100, None)):
+        assert repr(asked.points(*window, max_points)) == repr(fresh.points(*window, max_points))
+
+
+def test_curves_come_as_a_table_too(http: httpx2.Client, run: FakeRun) -> None:
+    run.write(step(1, 3.0), step(2, math.nan), evaluated(2, 2.75))
+    query = {"keys": ["train_loss", "val_loss"]}
+    answer = http.get(f"/jobs/{run.id}/metrics", params=query, headers={"Accept": "text/csv"})
+    assert answer.headers["content-type"].startswith("text/csv")
+    assert answer.text == "step,train_loss,val_loss\n1,3.0,\n2,nan,2.75\n"

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
+from pathlib import Path
 
 import httpx2
 import pytest
 import redis
 
+from api import hub
 from gptcore.events import Notice
 from tests.api.server import FakeRun, Server, evaluated, step, train_spec
 from tests.conftest import wait_until
+from worker.settings import Settings
 from worker.store import Store
 
 
@@ -104,16 +114,11 @@ def test_watchers_leave_requests_their_threads(server: Server, run: FakeRun) -> 
 
 def test_a_watcher_who_leaves_takes_its_connection_along(http: httpx2.Client, run: FakeRun, redis_url: str) -> None:
     run.write(step(1))
-    with redis.Redis.from_url(redis_url) as client:
-
-        def readers() -> int:
-            return sum(connection["cmd"] == "xread" for connection in client.client_list())
-
-        for _ in range(5):
-            with stream(http, f"/jobs/{run.id}/events") as messages:
-                next(messages)
-                wait_until(readers)
-        wait_until(lambda: readers() == 0)
+    for _ in range(5):
+        with stream(http, f"/jobs/{run.id}/events") as messages:
+            next(messages)
+            wait_until(lambda: xreads(redis_url))
+    wait_until(lambda: xreads(redis_url) == 0)
 
 
 @pytest.mark.parametrize("attempt", [None, 1])
@@ -136,3 +141,83 @@ def test_an_event_of_an_unknown_type_does_not_stop_a_stream(
     run.end()
     with stream(http, f"/jobs/{run.id}/events") as messages:
         assert [message.event for message in messages] == ["novel", "end"]
+
+
+def xreads(redis_url: str) -> int:
+    with redis.Redis.from_url(redis_url) as client:
+        return sum(connection["cmd"] == "xread" for connection in client.client_list())
+
+
+def test_many_watchers_of_a_job_are_one_reader_of_redis(server: Server, run: FakeRun, redis_url: str) -> None:
+    limits = httpx2.Limits(max_connections=None)
+    with httpx2.Client(base_url=server.url, timeout=30, trust_env=False, limits=limits) as http, ExitStack() as left:
+        run.write(*(step(i) for i in range(1, 4)))
+        watching = [left.enter_context(stream(http, f"/jobs/{run.id}/events")) for _ in range(20)]
+        assert [[next(one).id for _ in range(3)] for one in watching] == [["1-1", "1-2", "1-3"]] * 20
+        wait_until(lambda: xreads(redis_url) == 1)
+        watching.append(left.enter_context(stream(http, f"/jobs/{run.id}/events", **{"Last-Event-ID": "1-2"})))
+        assert next(watching[-1]).id == "1-3"
+        run.write(step(4))
+        assert [next(one).id for one in watching] == ["1-4"] * 21
+        assert xreads(redis_url) == 1
+        run.end()
+        assert {next(one).event for one in watching} == {"end"}
+    wait_until(lambda: xreads(redis_url) == 0)
+
+
+def test_who_is_too_slow_misses_nothing_and_holds_up_nobody(
+    run: FakeRun, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "QUEUE_EVENTS", 5)
+    seen: dict[str, list[str]] = {"slow": [], "fast": []}
+
+    async def watch(all_watch: hub.Hub, who: str, go_on: asyncio.Event) -> None:
+        async with aclosing(all_watch.watch(run.id, "0-0")) as news:
+            async for messages in news:
+                seen[who] += [message.id for message in messages]
+                if len(seen[who]) > 1:  # it has joined the queue by then
+                    await go_on.wait()
+
+    async def both() -> None:
+        all_watch, now, later = hub.Hub(store), asyncio.Event(), asyncio.Event()
+        now.set()
+        tasks = [asyncio.create_task(watch(all_watch, *one)) for one in (("slow", later), ("fast", now))]
+        await asyncio.sleep(0.5)
+        await asyncio.to_thread(run.write, step(2))
+        while not len(seen["slow"]) == len(seen["fast"]) == 2:
+            await asyncio.sleep(0.05)
+        for number in range(3, 120):
+            await asyncio.to_thread(run.write, step(number))
+            await asyncio.sleep(0)
+        await asyncio.to_thread(run.end)
+        await asyncio.wait_for(tasks[1], 20)
+        assert len(seen["slow"]) < 20 and len(seen["fast"]) == 119
+        later.set()
+        await asyncio.wait_for(tasks[0], 20)
+
+    run.write(step(1))
+    asyncio.run(both())
+    assert seen["slow"] == seen["fast"] == [f"1-{i}" for i in range(1, 120)]
+
+
+def test_a_server_told_to_stop_ends_its_streams_at_once_and_quietly(
+    run: FakeRun, settings: Settings, tmp_path: Path
+) -> None:
+    run.write(step(1))
+    run.log_file.write_text("a line\n")
+    environment = {**os.environ, **settings.to_environment()}
+    with socket.create_server(("127.0.0.1", 0)) as listener, (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-m", "trainmaster.serve", str(listener.fileno())]
+        process = subprocess.Popen(command, env=environment, pass_fds=[listener.fileno()], stdout=log, stderr=log)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with httpx2.Client(base_url=url, timeout=30, trust_env=False) as http:
+            paths = [f"/jobs/{run.id}/{what}" for what in ("events", "metrics", "logs")]
+            with ExitStack() as left:
+                watching = [left.enter_context(stream(http, path)) for path in paths]
+                assert [next(one).event for one in watching] == ["step", "step", "log"]
+                process.send_signal(signal.SIGTERM)
+                began = time.monotonic()
+                assert [list(one) for one in watching] == [[], [], []]  # without an end: they are to be opened again
+            process.wait(10)
+    assert time.monotonic() - began < 4
+    assert (tmp_path / "log").read_text() == ""  # no traceback, no word of tasks cancelled

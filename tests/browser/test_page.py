@@ -13,6 +13,7 @@ from tests.api.server import FakeRun, Server, evaluated, step, train_spec
 from tests.browser.conftest import Complaints
 from tests.conftest import wait_until
 from worker.job import BestCheckpoint, JobError
+from worker.keyring import KeyRing
 from worker.store import Store
 
 pytestmark = pytest.mark.slow
@@ -147,6 +148,30 @@ def test_the_curve_goes_on_after_the_server_was_away(
     expect(page.locator("#connection")).to_be_hidden()
     feed(run, 21, 30)
     at_step(page, 30)
+
+
+def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(
+    page: Page, server: Server, run: FakeRun, complaints: Complaints, redis_url: str
+) -> None:
+    complaints.expected = ".* status of 401"
+    feed(run, 1, 10)
+    run.log_file.write_text("loss 2.5")
+    text = KeyRing.connect(redis_url).create("me", "submit")[1]
+    page.goto(f"{server.url}/#{run.id}")
+    for key in ("tm_no_key", text):
+        page.get_by_role("textbox", name="This server asks for").fill(key)
+        page.keyboard.press("Enter")
+    at_step(page, 10)
+    expect(page.locator("#key-dialog")).to_be_hidden()
+    expect(page.locator("#connection")).to_be_hidden()
+    feed(run, 11, 20)  # the stream has it too
+    at_step(page, 20)
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name="Log").click()
+    expect(opened.value.locator("body")).to_have_text("loss 2.5")
+    page.reload()
+    at_step(page, 20)
+    assert page.evaluate("localStorage.length") == 0 and page.context.cookies() == []
 
 
 def test_a_run_that_is_not_there_is_said_so(page: Page, server: Server, complaints: Complaints) -> None:

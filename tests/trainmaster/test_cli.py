@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx2
 import pytest
 
-from tests.trainmaster.conftest import run
+from tests.conftest import free_port, wait_until
+from tests.trainmaster.conftest import Start, run
+from trainmaster import Client
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.json"
 
@@ -68,9 +71,8 @@ def test_a_missing_file_is_named(home: Path) -> None:
 @pytest.mark.parametrize("command", [["up"], ["api"]])
 def test_an_open_address_is_refused_while_there_are_no_keys(home: Path, command: list[str]) -> None:
     done = run(*command, "--host", "0.0.0.0")
-    assert done.returncode == 2
-    assert "asks for no key" in done.stderr
-    assert not home.exists()
+    assert done.returncode == 1
+    assert "trainmaster keys create" in done.stderr
 
 
 def test_prepare_makes_a_dataset_that_a_spec_can_name(home: Path, tmp_path: Path) -> None:
@@ -118,3 +120,38 @@ def test_prepare_wants_one_source(home: Path, tmp_path: Path) -> None:
     both = run("prepare", "mytext", "--text", "a", "--jsonl", "b")
     assert both.returncode == 2
     assert "exclude each other" in both.stderr
+
+
+def test_keys_are_made_listed_and_revoked(home: Path) -> None:
+    made = run("keys", "create", "me", "--scope", "admin")
+    assert made.returncode == 0 and made.stdout.startswith("tm_"), made.stderr
+    (listed,) = json.loads(run("keys", "list", "--json").stdout)
+    assert (listed["name"], listed["scope"]) == ("me", "admin")
+    assert made.stdout.strip().split("_")[1] == listed["id"] and "sha256" not in listed
+    assert run("keys", "revoke", listed["id"]).returncode == 0
+    again = run("keys", "revoke", listed["id"])
+    assert again.returncode == 1 and "keys list" in again.stderr
+    assert json.loads(run("keys", "list", "--json").stdout) == []
+
+
+def test_the_first_start_of_an_api_beyond_loopback_leaves_a_key(
+    home: Path, start: Start, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAINMASTER_REDIS_URL", redis_url)
+    file, port = tmp_path / "api-key", free_port()
+    for _ in range(2):
+        api = start("api", "--host", "0.0.0.0", "--port", str(port), "--first-key", str(file))
+        wait_until(lambda: file.exists() and _status(port) == 401)
+        assert file.stat().st_mode & 0o777 == 0o600
+        with Client(f"http://127.0.0.1:{port}", file.read_text().strip()) as client:
+            assert client.jobs()["data"] == []
+        api.terminate()
+        api.wait(20)
+    assert len(json.loads(run("keys", "list", "--json").stdout)) == 1
+
+
+def _status(port: int) -> int | None:
+    try:
+        return httpx2.get(f"http://127.0.0.1:{port}/jobs", trust_env=False).status_code
+    except httpx2.TransportError:
+        return None

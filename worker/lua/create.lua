@@ -1,12 +1,11 @@
 -- idempotency key or '', sha256 of the body, then jobs as JSON {id, parent or '', fields}: the first and its children
--- → {created|replayed|conflict|taken, id}. A job whose parent has not ended waits for it outside the queue.
+-- → {created|replayed|conflict|deleted|taken, id}. A job whose parent has not ended waits for it outside the queue.
 local key, sha = ARGV[1], ARGV[2]
 local first = cjson.decode(ARGV[3])
 if key ~= '' then
   local held, body = unpack(redis.call('HMGET', K.idempotency .. key, 'job', 'sha256'))
-  if held and redis.call('EXISTS', K.job .. held) == 1 then
-    return {body == sha and 'replayed' or 'conflict', held}
-  end
+  if held and redis.call('EXISTS', K.job .. held) == 0 then return {'deleted', held} end
+  if held then return {body == sha and 'replayed' or 'conflict', held} end
 end
 for index = 3, #ARGV do
   if redis.call('EXISTS', K.job .. cjson.decode(ARGV[index]).id) == 1 then return {'taken', first.id} end

@@ -1,0 +1,92 @@
+"""What a run left in its directory: checkpoints, samples, and every file by its path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, Field
+
+from api.problems import Refusal
+from api.routes import PROBLEMS, With
+from gptcore.events import Sampled
+from gptcore.rundir import RunDir
+
+router = APIRouter(responses=PROBLEMS, tags=["runs"])
+
+
+class CheckpointSummary(BaseModel):
+    """A complete checkpoint; `path` is its folder, for `/artifacts`."""
+
+    step: int
+    attempt: int
+    path: str
+    bytes: int
+    val_loss: float | None = Field(description="nats a token; null: not evaluated at this step")
+    best: bool
+
+
+class Artifact(BaseModel):
+    path: str
+    bytes: int
+
+
+@router.get("/jobs/{job_id}/checkpoints")
+def checkpoints(job_id: str, services: With) -> list[CheckpointSummary]:
+    """Those kept, oldest first."""
+    best = services.store.get_job(job_id).best_checkpoint
+    points = services.runs.run(job_id).metrics(["val_loss"]).series["val_loss"]
+    val_losses = dict(zip(points.step, points.value, strict=True))
+    return [
+        CheckpointSummary(
+            step=step,
+            attempt=attempt,
+            path=f"checkpoints/{path.name}",
+            bytes=sum(file.stat().st_size for file in path.iterdir()),
+            val_loss=val_losses.get(step),
+            best=best is not None and step == best.step,
+        )
+        for path, step, attempt in RunDir(services.settings.runs / job_id).complete_checkpoints()
+    ]
+
+
+@router.get("/jobs/{job_id}/samples")
+def samples(job_id: str, services: With) -> list[Sampled]:
+    """Texts that the model wrote while it learned, oldest first; of a step made twice the newest."""
+    services.store.get_job(job_id)
+    return services.runs.run(job_id).samples()
+
+
+@router.get("/jobs/{job_id}/artifacts")
+def artifacts(job_id: str, services: With) -> list[Artifact]:
+    """Every file of the run directory, by path."""
+    services.store.get_job(job_id)
+    root = services.settings.runs / job_id
+    files = sorted(path for path in root.rglob("*") if _is_file_inside(path, root))
+    return [Artifact(path=str(path.relative_to(root)), bytes=path.stat().st_size) for path in files]
+
+
+@router.get(
+    "/jobs/{job_id}/artifacts/{path:path}",
+    response_class=FileResponse,
+    responses={200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
+)
+def artifact(job_id: str, path: str, services: With) -> FileResponse:
+    """One file of the run directory, whole or by `Range`."""
+    services.store.get_job(job_id)
+    root = services.settings.runs / job_id
+    file = root / path
+    if not _is_file_inside(file, root):
+        detail = f"{job_id} has no file {path!r}; GET /jobs/{job_id}/artifacts lists them"
+        raise Refusal(404, "artifact_not_found", detail)
+    # offered for download: what a run wrote is never shown as a page of this server
+    return FileResponse(file, media_type="application/octet-stream", filename=file.name)
+
+
+def _is_file_inside(path: Path, root: Path) -> bool:
+    """By where links lead."""
+    try:
+        return path.resolve().is_relative_to(root.resolve()) and path.is_file()
+    except (OSError, RuntimeError, ValueError):  # names too long, links in a circle, a NUL
+        return False

@@ -1,0 +1,48 @@
+/* Talking to the server: JSON, streams, and the key that it may ask for. */
+
+export class Refused extends Error {
+  constructor(problem) {
+    super(problem.detail);
+    this.code = problem.code;
+    this.needsKey = problem.status === 401;
+  }
+}
+
+/* Kept by this tab alone, until it is closed. */
+export function setKey(key) {
+  sessionStorage.setItem("key", key);
+}
+
+async function request(url, { headers, ...options } = {}) {
+  const key = sessionStorage.getItem("key");
+  const authorization = key ? { Authorization: `Bearer ${key}` } : {};
+  const response = await fetch(url, { cache: "no-store", ...options, headers: { ...authorization, ...headers } });
+  if (!response.ok) throw new Refused(await response.json());
+  return response;
+}
+
+export async function ask(url, options = {}) {
+  return (await request(url, { ...options, headers: { Accept: "application/json" } })).json();
+}
+
+/* A file of the server as a URL that a link can open: links carry no key. */
+export async function fileUrl(url) {
+  return URL.createObjectURL(await (await request(url)).blob());
+}
+
+/* Calls take(type, data) for each event, until the stream ends. EventSource could carry no key. */
+export async function follow(url, signal, take) {
+  const { body } = await request(url, { signal, headers: { Accept: "text/event-stream" } });
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const messages = (text + value).split("\n\n");
+    text = messages.pop();
+    for (const message of messages) {
+      const fields = new Map(message.split("\n").map((line) => line.split(/: ?(.*)/s, 2)));
+      if (fields.has("data")) take(fields.get("event"), JSON.parse(fields.get("data")));
+    }
+  }
+}

@@ -1,0 +1,163 @@
+"""Keys: who may do what, what is kept of them, and what is written down about their use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import httpx2
+import pytest
+import redis
+
+from tests.api.server import FakeRun, Server, train_spec
+from trainmaster import Client, TrainmasterError
+from worker.keyring import SCOPES, KeyRing, Scope
+from worker.settings import Settings
+from worker.store import Store
+
+Ask = Callable[..., httpx2.Response]
+
+
+@pytest.fixture
+def ring(redis_url: str) -> Iterator[KeyRing]:
+    ring = KeyRing.connect(redis_url)
+    yield ring
+    ring.close()
+
+
+def bearer(text: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {text}"}
+
+
+def test_what_each_scope_may(http: httpx2.Client, ring: KeyRing, run: FakeRun) -> None:
+    texts: dict[Scope | None, str] = {scope: ring.create(scope, scope)[1] for scope in SCOPES}
+    needed = {
+        ("GET", f"/jobs/{run.id}"): "read",
+        ("GET", f"/jobs/{run.id}/metrics"): "read",
+        ("GET", "/docs/oauth2-redirect"): "read",  # what nobody thought of is closed
+        ("GET", "/no/such/path"): "read",
+        ("POST", "/jobs/plan"): "submit",
+        ("POST", f"/jobs/{run.id}/cancel"): "submit",
+        ("PATCH", "/workers/node"): "admin",
+        ("DELETE", f"/jobs/{run.id}"): "admin",
+        ("PUT", "/jobs"): "admin",
+        ("GET", "/audit"): "admin",
+    }
+    for (method, path), scope in needed.items():
+        body = {"json": train_spec()} if path.endswith("plan") else {}
+        assert http.request(method, path, **body).json()["code"] == "key_missing", path
+        for held, text in texts.items():
+            answer = http.request(method, path, headers=bearer(text), **body)
+            allowed = SCOPES.index(held) >= SCOPES.index(scope)
+            assert (answer.status_code not in (401, 403)) == allowed, (method, path, held)
+            if not allowed:
+                assert answer.json()["code"] == "scope_too_small" and scope in answer.json()["detail"]
+
+
+def test_what_needs_no_key_tells_nothing_of_runs(http: httpx2.Client, ring: KeyRing) -> None:
+    ring.create("a", "read")
+    for path in ("/", "/healthz", "/docs", "/openapi.json", "/static/app.js"):
+        assert http.get(path).status_code == 200, path
+    assert http.get("/static/%2e%2e/jobs").status_code == 404
+    assert http.get("/readyz").json()["code"] == "no_worker"
+
+
+WRONG = ["", "Bearer", "Bearer x", "Bearer tm_{id}_", "Bearer tm_{id}_{other}", "Basic {text}", "Bearer {text}x"]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_key_is_refused_and_says_how(http: httpx2.Client, ring: KeyRing, wrong: str) -> None:
+    key, text = ring.create("mine", "admin")
+    other = ring.create("other", "admin")[1].split("_", 2)[2]
+    header = wrong.format(id=key.id, text=text, other=other)
+    answer = http.get("/jobs", headers={"Authorization": header})
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert (
+        answer.json()["code"] in ("key_missing", "key_unknown") and "Authorization: Bearer" in answer.json()["detail"]
+    )
+    assert http.get("/jobs", headers=bearer(text)).status_code == 200
+
+
+def test_a_revoked_key_opens_nothing_from_then_on(http: httpx2.Client, ring: KeyRing) -> None:
+    (key, text), _ = ring.create("lost", "admin"), ring.create("kept", "admin")
+    assert http.get("/jobs", headers=bearer(text)).status_code == 200
+    assert ring.revoke(key.id) and not ring.revoke(key.id)
+    assert http.get("/jobs", headers=bearer(text)).json()["code"] == "key_unknown"
+
+
+def test_beyond_loopback_nothing_is_open_even_without_a_key(settings: Settings) -> None:
+    with Server(settings, open_without_keys=False) as server:
+        assert server.http.get("/jobs").status_code == 401
+        assert server.http.get("/healthz").status_code == 200
+
+
+def test_no_key_can_be_read_back_from_redis_logs_events_or_errors(
+    http: httpx2.Client, ring: KeyRing, store: Store, run: FakeRun, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    _, text = ring.create("mine", "submit")
+    secret = text.split("_", 2)[2]
+    answers = [
+        http.post("/jobs", json=train_spec(), headers=bearer(text)),
+        http.post("/jobs", json={"kind": "?"}, headers=bearer(text)),
+        http.get("/audit", headers=bearer(text)),
+        http.get("/jobs", headers=bearer(text + "x")),
+        http.post(f"/jobs/{run.id}/cancel", headers=bearer(text)),
+    ]
+    assert [answer.status_code for answer in answers] == [201, 422, 403, 401, 200]
+    assert all(secret not in answer.text and secret not in str(answer.headers) for answer in answers)
+    with redis.Redis.from_url(redis_url, decode_responses=True) as client:
+        dump = "".join(str(_everything(client, name)) for name in client.scan_iter())
+    assert "mine" in dump and secret not in dump
+    assert secret not in caplog.text and secret not in repr(Settings(home=run.log_file, api_key=text))
+
+
+def _everything(client: redis.Redis, name: str) -> object:
+    match client.type(name):
+        case "hash":
+            return client.hgetall(name)
+        case "stream":
+            return client.xrange(name)
+        case "zset":
+            return client.zrange(name, 0, -1)
+        case "list":
+            return client.lrange(name, 0, -1)
+        case kind:
+            return client.get(name) if kind == "string" else client.smembers(name)
+
+
+def test_the_audit_says_who_did_what(http: httpx2.Client, ring: KeyRing, store: Store, run: FakeRun) -> None:
+    key, text = ring.create("mine", "admin")
+    http.post(f"/jobs/{run.id}/cancel", headers=bearer(text))
+    http.post("/jobs", json={}, headers=bearer(text))
+    ring.revoke(ring.create("b", "read")[0].id)
+    entries = http.get("/audit", headers=bearer(text)).json()
+    said = [(entry["who"], entry["what"].split(" (")[0], entry["outcome"]) for entry in entries]
+    assert said[2:] == [
+        (f"key {key.id}", "POST /jobs", "422"),
+        (f"key {key.id}", f"POST /jobs/{run.id}/cancel", "200"),
+        ("command line", f"create key {key.id}", "created"),
+    ]
+    assert [outcome for _, _, outcome in said[:2]] == ["revoked", "created"]
+    assert store.status_changes(run.id)[-1].who == f"key {key.id}"
+
+
+def test_the_client_sends_the_key_of_the_environment(
+    server: Server, ring: KeyRing, monkeypatch: pytest.MonkeyPatch, run: FakeRun
+) -> None:
+    _, text = ring.create("mine", "read")
+    with Client(server.url) as client, pytest.raises(TrainmasterError, match="keys create") as caught:
+        client.jobs()
+    assert (caught.value.status, caught.value.code) == (401, "key_missing")
+    monkeypatch.setenv("TRAINMASTER_API_KEY", f"{text}\n")  # as `cat` of a file gives it
+    run.end()
+    with Client(server.url) as client:
+        assert client.jobs()["data"] and list(client.events(run.id)) == []
+
+
+def test_openapi_says_which_scope_an_operation_needs(http: httpx2.Client) -> None:
+    schema = http.get("/openapi.json").json()
+    assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert schema["paths"]["/jobs"]["get"]["security"] == [{"key": ["read"]}]
+    assert schema["paths"]["/workers/{node_id}"]["patch"]["security"] == [{"key": ["admin"]}]
+    assert "security" not in schema["paths"]["/healthz"]["get"]

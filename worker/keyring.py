@@ -1,0 +1,109 @@
+"""API keys, and who did what with them. A key's text is shown once; only its hash is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from worker.connection import connect_redis
+from worker.job import Record
+from worker.keys import KEYS
+
+Scope = Literal["read", "submit", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)  # each may do what those before it may
+AUDIT_KEPT = 10_000
+
+
+class Key(Record):
+    """`sha256` of the secret part: 256 random bits need no slow hash."""
+
+    id: str
+    name: str
+    scope: Scope
+    created_at: datetime
+    sha256: str
+
+    def may(self, scope: Scope) -> bool:
+        return SCOPES.index(self.scope) >= SCOPES.index(scope)
+
+
+class AuditEntry(Record):
+    """What was asked of the server beside reading, or done to its keys."""
+
+    id: str
+    time: datetime
+    who: str  # "key ID", "anyone" on a server without keys, "command line"
+    what: str
+    outcome: str
+
+
+class KeyRing:
+    """Every method may raise `redis.ConnectionError` or `redis.TimeoutError`."""
+
+    def __init__(self, client: Any):
+        self._redis = client
+
+    @classmethod
+    def connect(cls, url: str) -> Self:
+        return cls(connect_redis(url))
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def create(self, name: str, scope: Scope) -> tuple[Key, str]:
+        """A new key and its text, which nobody can ask for again."""
+        key_id, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
+        key = Key(id=key_id, name=name, scope=scope, created_at=datetime.now(UTC), sha256=_sha256(secret))
+        self._redis.hset(KEYS["keys"], key_id, key.model_dump_json())
+        self.record("command line", f"create key {key_id} ({scope})", "created")
+        return key, f"tm_{key_id}_{secret}"
+
+    def create_first(self, path: Path) -> None:
+        """Where there is no key, make an admin's and leave it in a file that only its owner reads."""
+        if self.is_empty():
+            path.unlink(missing_ok=True)  # of a key that a Redis now gone knew
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(self.create("first", "admin")[1] + "\n")
+
+    def all(self) -> list[Key]:
+        """Oldest first."""
+        keys = [Key.model_validate_json(text) for text in self._redis.hvals(KEYS["keys"])]
+        return sorted(keys, key=lambda key: key.created_at)
+
+    def is_empty(self) -> bool:
+        return not self._redis.hlen(KEYS["keys"])
+
+    def revoke(self, key_id: str) -> bool:
+        """Whether there was such a key."""
+        revoked = bool(self._redis.hdel(KEYS["keys"], key_id))
+        if revoked:
+            self.record("command line", f"revoke key {key_id}", "revoked")
+        return revoked
+
+    def find(self, text: str) -> Key | None:
+        """The key with this text. Takes as long for a wrong secret as for a right one."""
+        _, _, rest = text.partition("_")
+        key_id, _, secret = rest.partition("_")
+        record = self._redis.hget(KEYS["keys"], key_id)
+        key = Key.model_validate_json(record) if record else None
+        fits = hmac.compare_digest(_sha256(secret), key.sha256 if key else _sha256(""))
+        return key if key and fits else None
+
+    def record(self, who: str, what: str, outcome: str) -> None:
+        """Add to the audit; the newest entries are kept."""
+        entry = {"time": datetime.now(UTC).isoformat(), "who": who, "what": what, "outcome": outcome}
+        self._redis.xadd(KEYS["audit"], entry, maxlen=AUDIT_KEPT, approximate=True)
+
+    def audit(self, count: int = 100) -> list[AuditEntry]:
+        """Newest first."""
+        found = self._redis.xrevrange(KEYS["audit"], count=count)
+        return [AuditEntry.model_validate({"id": entry_id, **fields}) for entry_id, fields in found]
+
+
+def _sha256(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()

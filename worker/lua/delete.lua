@@ -1,0 +1,16 @@
+-- id → '' once the job's record and streams are gone, its status where it has not ended, the id of a job not ended
+-- that reads its files; nil for no such job. Its idempotency key stays: a request repeated late makes no new job.
+local id = ARGV[1]
+local status = redis.call('HGET', K.job .. id, 'status')
+if not status then return false end
+if not TERMINAL[status] then return status end
+for _, other in ipairs(redis.call('ZRANGE', K.jobs, 0, -1)) do
+  if not TERMINAL[redis.call('HGET', K.job .. other, 'status')] then
+    local spec = redis.call('HGET', K.job .. other, 'spec')
+    if string.find(spec, '"' .. id .. '"', 1, true) then return other end
+  end
+end
+if ARGV[2] == 'look' then return '' end
+redis.call('DEL', K.job .. id, K.events .. id, K.changes .. id, K.children .. id)
+redis.call('ZREM', K.jobs, id)
+return ''
