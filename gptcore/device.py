@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import shutil
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -59,14 +60,17 @@ def resolve_compile(spec: TrainSpec, device: torch.device, total_flops: float) -
     if spec.compile is False:
         return False, ""
     if not _has_compiler():
-        return False, "no C++ compiler (g++ or clang++) on the PATH: training runs eager, which is slower"
+        missing = "no C++ compiler (g++ or clang++) on the PATH, or no Python headers (python3-dev)"
+        return False, f"{missing}: training runs eager, which is slower"
     if spec.compile == "auto" and device.type == "cpu":
         return total_flops > CPU_COMPILE_FLOPS, ""
     return True, ""
 
 
 def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+    """What torch.compile builds its kernels with."""
+    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+    return compiler and (Path(sysconfig.get_path("include")) / "Python.h").exists()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -113,6 +113,7 @@ def _reship(shipper: Any) -> None:
         self._attempts = self._attempts[-1:]
 
     shipper.Shipper._begin = changed
+    _replaced(shipper, "ship_rest", lambda *_: None)
 
 
 def _patience(hold: Any) -> None:
