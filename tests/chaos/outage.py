@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import httpx2
 
-from gptcore.events import Skipped, Step
+from gptcore.events import RolledBack, Skipped, Step
 from gptcore.rundir import RunDir
 from tests.chaos.invariants import violations
 from tests.chaos.kills import newest_step, thaw
@@ -59,14 +59,25 @@ def outage(world: World, watch: Watch, frozen_seconds: float, gone_seconds: floa
     _cancel(world, job_id)
     wait_until(lambda: world.store.get_job(job_id).ended, 60)
     found = violations(world, job_id, None, watch, ends="cancelled")
-    made = [event.step for event in run.events() if isinstance(event, Step | Skipped)]
-    if made != list(range(1, len(made) + 1)):
-        found.append("steps are missing or came twice")
+    found += _out_of_order(run)
     if steps < 0.9 * min(rates) * seconds:
         found.append(f"{steps} steps in {seconds:.0f} s of outage where {min(rates) * seconds:.0f} are usual")
     if world.store.get_job(job_id).attempt != 1:
         found.append("the outage cost an attempt")
     return Outage(found, seconds, steps, min(rates) * seconds)
+
+
+def _out_of_order(run: RunDir) -> list[str]:
+    """Steps that are missing or came twice; a run that went back begins again there."""
+    last = 0
+    for event in run.events():
+        if isinstance(event, RolledBack):
+            last = event.to_step
+        elif isinstance(event, Step | Skipped):
+            if event.step != last + 1:
+                return [f"step {event.step} came behind step {last}"]
+            last = event.step
+    return []
 
 
 def _usual() -> tuple[float, float]:
