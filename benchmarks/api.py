@@ -12,24 +12,21 @@ import argparse
 import asyncio
 import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.table import ROOT, Row, machine
 from gptcore.events import Step
 from gptcore.plan import Hardware, plan, resolve
 from gptcore.rundir import RunDir
@@ -39,9 +36,7 @@ from worker.job import Node, Slot, Ticket
 from worker.settings import Settings
 from worker.store import Store
 
-ROOT = Path(__file__).parent.parent
 SPEC = json.loads((ROOT / "examples" / "demo.json").read_text())
-Row = dict[str, Any]
 
 
 class Bench:
@@ -209,21 +204,6 @@ def as_text(row: Row) -> str:
     return f"{row['what']:<62} {numbers} {row['unit']}{target}"
 
 
-def machine() -> Row:
-    described = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    models = [value.strip() for name, _, value in described if name.strip() == "model name"]
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(psutil.Process().cpu_affinity()),
-        "load_before": round(psutil.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("fastapi", "uvicorn", "redis", "pydantic")},
-        "commit": git.stdout.strip(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
 def memory(bench: Bench, when: str) -> None:
     for process in psutil.Process().children(recursive=True):
         name = "API" if "trainmaster.serve" in process.cmdline() else "Redis"
@@ -237,7 +217,7 @@ def main() -> None:
     arguments.add_argument("--points", type=int, default=1_000_000)
     arguments.add_argument("--watchers", type=int, default=200)
     asked = arguments.parse_args()
-    here = machine()
+    here = machine(("fastapi", "uvicorn", "redis", "pydantic"))
     print(json.dumps(here))
     with tempfile.TemporaryDirectory() as home:
         settings = Settings(home=Path(home), device="cpu")
