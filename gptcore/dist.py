@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as c10d
 from torch import Tensor
+from torch.utils import deterministic
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -69,7 +70,11 @@ def start(device: str, threads: int | None = None) -> Dist:
         torch.set_float32_matmul_precision("high")  # TF32 where a product is not bf16 already
     else:
         place = torch.device("cpu")
+        # gradients and logits come and go each step: without huge pages a tenth of the step is page faults
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         torch.use_deterministic_algorithms(True)
+        # every kernel here writes what it then reads
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if threads:
             torch.set_num_threads(threads)
     if world_size > 1:

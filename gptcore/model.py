@@ -13,10 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gptcore.kernels import causal_attention, linear
 from gptcore.plan import LOSS_CHUNK_ELEMENTS
 from gptcore.spec import ModelSpec
 
 IGNORED = -100  # a target that counts for nothing: padding of a last, partial batch
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by the fastest exact product of the device."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 def norm_layer(spec: ModelSpec, width: int) -> nn.Module:
@@ -53,10 +61,10 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = spec.n_head, spec.n_kv_head, spec.head_dim
         q_width, kv_width = spec.n_head * spec.head_dim, spec.n_kv_head * spec.head_dim
-        self.q = nn.Linear(spec.n_embd, q_width, bias=spec.attention_bias)
-        self.k = nn.Linear(spec.n_embd, kv_width, bias=spec.attention_bias)
-        self.v = nn.Linear(spec.n_embd, kv_width, bias=spec.attention_bias)
-        self.o = nn.Linear(q_width, spec.n_embd, bias=spec.attention_bias)
+        self.q = Linear(spec.n_embd, q_width, bias=spec.attention_bias)
+        self.k = Linear(spec.n_embd, kv_width, bias=spec.attention_bias)
+        self.v = Linear(spec.n_embd, kv_width, bias=spec.attention_bias)
+        self.o = Linear(q_width, spec.n_embd, bias=spec.attention_bias)
         self.q_norm = norm_layer(spec, spec.head_dim) if spec.qk_norm else None
         self.k_norm = norm_layer(spec, spec.head_dim) if spec.qk_norm else None
         # nanochat normalises after the rotation, Qwen3 before; they differ once the norm has a gain
@@ -74,9 +82,11 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if self.norm_after_rope:
             q, k = self._normalise(q, k)
-        y = F.scaled_dot_product_attention(
-            q, k, v.to(q.dtype), mask, is_causal=mask is None, enable_gqa=self.n_kv_head != self.n_head
-        )
+        if mask is None:
+            y = causal_attention(q, k, v.to(q.dtype))
+        else:
+            grouped = self.n_kv_head != self.n_head
+            y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), mask, enable_gqa=grouped)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,9 +101,9 @@ class MLP(nn.Module):
     def __init__(self, spec: ModelSpec):
         super().__init__()
         self.kind = spec.mlp
-        self.up = nn.Linear(spec.n_embd, spec.n_hidden, bias=spec.mlp_bias)
-        self.gate = nn.Linear(spec.n_embd, spec.n_hidden, bias=spec.mlp_bias) if spec.mlp == "swiglu" else None
-        self.down = nn.Linear(spec.n_hidden, spec.n_embd, bias=spec.mlp_bias)
+        self.up = Linear(spec.n_embd, spec.n_hidden, bias=spec.mlp_bias)
+        self.gate = Linear(spec.n_embd, spec.n_hidden, bias=spec.mlp_bias) if spec.mlp == "swiglu" else None
+        self.down = Linear(spec.n_hidden, spec.n_embd, bias=spec.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is not None:
@@ -138,7 +148,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.n_layer))
         # with the norm behind each residual sum the last block's output is normalised already
         self.final_norm = norm_layer(spec, spec.n_embd) if spec.norm_placement == "pre" else None
-        self.lm_head = nn.Linear(spec.n_embd, spec.padded_vocab_size, bias=False)
+        self.lm_head = Linear(spec.n_embd, spec.padded_vocab_size, bias=False)
         if spec.tie_embeddings:
             self.lm_head.weight = self.wte.weight
         if spec.position == "rope":

@@ -139,7 +139,7 @@ class Trainer:
         grad_norm = float(norm)
         verdict = guard.judge(state, train_loss, grad_norm)
         if verdict is None:
-            if spec.optim.grad_clip is not None:
+            if spec.optim.grad_clip is not None and grad_norm > spec.optim.grad_clip:
                 clip_grads_with_norm_(self.parameters, spec.optim.grad_clip, norm)
             for optimizer in self.optimizers:
                 optimizer.step()

@@ -1,0 +1,62 @@
+"""The CPU's products and attention give what torch's give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptcore import kernels
+from gptcore.kernels import causal_attention, linear
+
+
+def with_gradients(output: Tensor, inputs: list[Tensor], towards: Tensor) -> list[Tensor]:
+    return [output, *torch.autograd.grad(output, inputs, towards.to(output.dtype))]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_product_and_its_gradients_are_those_of_float64(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SMALLEST_PRODUCT", 0)
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 33, 48), (80, 48), (80,)))
+    towards = torch.randn(2, 33, 80)
+    product = torch.compile(linear, dynamic=False) if compiled else linear
+    got = with_gradients(product(x, weight, bias), [x, weight, bias], towards)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    wanted = with_gradients(F.linear(*exact), exact, towards)
+    for mine, right in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_by_onednn_is_what_runs_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16)
+    monkeypatch.setattr(kernels, "SMALLEST_PRODUCT", 0)
+    with torch.profiler.profile() as ran:
+        linear(x, weight, None)
+    assert any("_linear_pointwise" in event.key for event in ran.key_averages()) == kernels.ONEDNN
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, None).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2)])
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 4), (torch.bfloat16, 4)])
+def test_compiled_attention_is_as_exact_as_torch_own(
+    heads: int, key_heads: int, dtype: torch.dtype, factor: float
+) -> None:
+    torch.manual_seed(0)
+    q, k, v = (  # 300 tokens: two full blocks of queries and a part of one
+        torch.randn(2, 300, n, 32).to(dtype).transpose(1, 2).requires_grad_() for n in (heads, key_heads, key_heads)
+    )
+    towards = torch.randn(2, heads, 300, 32)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    mine = with_gradients(torch.compile(causal_attention, dynamic=False)(q, k, v), [q, k, v], towards)
+    torchs = with_gradients(reference(q, k, v), [q, k, v], towards)
+    doubles = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    right = with_gradients(reference(*doubles), doubles, towards)
+    for ours, theirs, exact in zip(mine, torchs, right, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - exact).abs().max() <= factor * (theirs - exact).abs().max()
