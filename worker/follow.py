@@ -29,6 +29,7 @@ async def follow_events(
     client = redis.asyncio.Redis.from_url(
         url,
         decode_responses=True,
+        protocol=2,  # pairs of stream and entries; RESP3 nests them
         retry=Retry(NoBackoff(), 0),
         socket_timeout=quiet_seconds + 10,
     )
@@ -41,10 +42,9 @@ async def follow_events(
         known = after
         while True:
             block = None if ended else int(quiet_seconds * 1000)
-            news = await client.xread(cast(Any, cursors), count=1000, block=block)
-            streams = cast("dict[str, Any] | list[Any]", news)
+            news: Any = await client.xread(cast(Any, cursors), count=1000, block=block)
             found: list[tuple[str, str]] = []
-            for key, entries in _by_stream(streams):
+            for key, entries in news:
                 cursors[key] = entries[-1][0]
                 if key == events_key:
                     found += [(entry_id, fields["event"]) for entry_id, fields in entries]
@@ -73,10 +73,3 @@ async def _closed_after(client: redis.asyncio.Redis) -> AsyncIterator[None]:
     finally:
         # whoever stops following cancels every await in here; the connection is to be closed all the same
         await asyncio.shield(client.aclose())
-
-
-def _by_stream(news: dict[str, Any] | list[Any]) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:
-    """XREAD's answer by stream: RESP3 gives a map with nested lists, RESP2 pairs."""
-    if isinstance(news, dict):
-        return [(key, [entry for part in parts for entry in part]) for key, parts in news.items()]
-    return [(key, entries) for key, entries in news]
