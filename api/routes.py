@@ -89,8 +89,9 @@ class DatasetSummary(BaseModel):
     tokenizer: Literal["bytes", "gpt2"]
     source: str
     prepared: bool
-    train_tokens: int | None = Field(description="null while it is not prepared")
-    val_tokens: int | None
+    train_tokens: int | None = Field(None, description="null while it is not prepared")
+    val_tokens: int | None = None
+    sha256: str | None = Field(None, description="of its tokens, as a run's `dataset_sha256`")
 
 
 class Health(BaseModel):
@@ -279,27 +280,18 @@ def presets() -> dict[str, dict[str, Any]]:
 
 @router.get("/datasets", tags=["service"])
 def datasets(services: With) -> list[DatasetSummary]:
-    prepared = [
+    prepared = {one.name: one for one in list_datasets(services.settings.datasets)}
+    return [
         DatasetSummary(
-            name=dataset.name,
-            tokenizer=dataset.tokenizer,
-            source=dataset.source,
-            prepared=True,
-            train_tokens=dataset.train.tokens,
-            val_tokens=dataset.val.tokens,
+            name=name, tokenizer=one.tokenizer, source=one.source, prepared=True,
+            train_tokens=one.train.tokens, val_tokens=one.val.tokens, sha256=one.sha256,
         )
-        for dataset in list_datasets(services.settings.datasets)
-    ]
-    names = {dataset.name for dataset in prepared}
-    builtin = [
-        DatasetSummary.model_validate(
-            {"name": name, "tokenizer": tokenizer, "source": source, "prepared": False}
-            | {"train_tokens": None, "val_tokens": None}
-        )
+        for name, one in prepared.items()
+    ] + [
+        DatasetSummary(name=name, tokenizer=tokenizer, source=source, prepared=False)
         for name, (tokenizer, source) in BUILTIN.items()
-        if name not in names
-    ]
-    return prepared + builtin
+        if name not in prepared
+    ]  # fmt: skip
 
 
 @router.get("/workers", tags=["service"])
