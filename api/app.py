@@ -48,6 +48,7 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
     store, keys = Store.connect(settings.redis_url), KeyRing.connect(settings.redis_url)
     counting = Counting.connect(settings.redis_url)
     monitor = Monitor(counting)
+    hub = Hub(store, settings.runs, monitor.stream_lag_seconds.observe)
     hosts = filter(None, [urlsplit(settings.url).hostname])
 
     @asynccontextmanager
@@ -69,9 +70,7 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
         ],
         redoc_url=None,
     )
-    app.state.services = Services(
-        settings, store, keys, Hub(store, monitor.stream_lag_seconds.observe), monitor, RunCache(settings.runs)
-    )
+    app.state.services = Services(settings, store, keys, hub, monitor, RunCache(settings.runs))
     app.include_router(files.router)
     app.include_router(compare.router)
     app.include_router(router, max_body_size=MAX_BODY_BYTES)  # of bodies that do not say their length

@@ -37,7 +37,7 @@ class Comparison(BaseModel):
     jobs: list[str]
     by: Axis
     series: dict[Key, list[AlignedPoints]] = Field(description="in the order of the jobs")
-    differences: list[Difference] = Field(description="of specs, versions and devices")
+    differences: list[Difference] = Field(description="of specs, versions, devices and what they were trained on")
     parted_at: dict[Key, int | None] = Field(
         description="first step that all made and at which their values differ; null: at none"
     )
@@ -63,7 +63,8 @@ def compare(
     axes = [_axis(by, one.spec, series["step_seconds"]) for one, series in zip(jobs, whole, strict=True)]
     started = [run.started() for run in runs]
     documents = [
-        {"spec": one.spec, "versions": start.get("versions", {}), "device_name": start.get("device_name")}
+        {"spec": one.spec, "versions": start.get("versions", {})}
+        | {name: start.get(name) for name in ("device_name", "dataset_sha256")}
         for one, start in zip(jobs, started, strict=True)
     ]
     return Comparison(

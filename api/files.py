@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 
+from api.planning import is_inside
 from api.problems import Refusal
 from api.routes import PROBLEMS, With
 from gptcore.events import Sampled
@@ -63,7 +62,7 @@ def artifacts(job_id: str, services: With) -> list[Artifact]:
     """Every file of the run directory, by path."""
     services.store.get_job(job_id)
     root = services.settings.runs / job_id
-    files = sorted(path for path in root.rglob("*") if _is_file_inside(path, root))
+    files = sorted(path for path in root.rglob("*") if is_inside(path, root) and path.is_file())
     return [Artifact(path=str(path.relative_to(root)), bytes=path.stat().st_size) for path in files]
 
 
@@ -77,16 +76,8 @@ def artifact(job_id: str, path: str, services: With) -> FileResponse:
     services.store.get_job(job_id)
     root = services.settings.runs / job_id
     file = root / path
-    if not _is_file_inside(file, root):
+    if not is_inside(file, root) or not file.is_file():
         detail = f"{job_id} has no file {path!r}; GET /jobs/{job_id}/artifacts lists them"
         raise Refusal(404, "artifact_not_found", detail)
     # offered for download: what a run wrote is never shown as a page of this server
     return FileResponse(file, media_type="application/octet-stream", filename=file.name)
-
-
-def _is_file_inside(path: Path, root: Path) -> bool:
-    """By where links lead."""
-    try:
-        return path.resolve().is_relative_to(root.resolve()) and path.is_file()
-    except (OSError, RuntimeError, ValueError):  # names too long, links in a circle, a NUL
-        return False

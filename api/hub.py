@@ -13,13 +13,16 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 import redis
 from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 
+from api.history import read_history
 from worker.follow import follow_events
+from worker.record import place
 from worker.store import JobNotFound, Store
 
 QUEUE_EVENTS, PAGE_EVENTS = 1000, 1000
@@ -28,7 +31,7 @@ QUIET_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """An event, and how it is sent: made once for all who watch."""
+    """An event or a status change, and how it is sent: made once for all who watch."""
 
     id: str
     type: str
@@ -63,8 +66,9 @@ class _Feed:
 class Hub:
     """`note_lag` hears of each live event how many seconds ago it was made, by this machine's clock."""
 
-    def __init__(self, store: Store, note_lag: Callable[[float], None] = lambda _: None):
+    def __init__(self, store: Store, runs: Path, note_lag: Callable[[float], None] = lambda _: None):
         self._store = store
+        self._runs = runs
         self._note_lag = note_lag
         self._feeds: dict[str, _Feed] = {}  # by job id
         self.closing = False
@@ -99,7 +103,7 @@ class Hub:
                     ended = "over" in news
                     if "behind" in news:
                         break
-                    fresh = [m for m in news if isinstance(m, Message) and _order(m.id) > _order(after)]
+                    fresh = [m for m in news if isinstance(m, Message) and place(m.id) > place(after)]
                     after = fresh[-1].id if fresh else after
                     yield fresh
                     if ended:
@@ -109,7 +113,7 @@ class Hub:
                 self._leave(job_id, feed, queue)
 
     async def _history(self, job_id: str, after: str) -> AsyncIterator[list[Message]]:
-        while entries := await run_in_threadpool(self._store.read_events, job_id, after, PAGE_EVENTS):
+        while entries := await run_in_threadpool(read_history, self._store, self._runs, job_id, after, PAGE_EVENTS):
             yield [_message(*entry) for entry in entries]
             if len(entries) < PAGE_EVENTS:
                 return
@@ -159,7 +163,3 @@ async def _news(queue: Queue) -> list[News]:
     while not queue.empty():
         news.append(queue.get_nowait())
     return news
-
-
-def _order(event_id: str) -> tuple[int, ...]:
-    return tuple(map(int, event_id.split("-")))

@@ -63,13 +63,13 @@ class _Jobs(Collector):
         found = self._counting.census()
         jobs = GaugeMetricFamily("trainmaster_jobs", "Jobs by status", labels=["status"])
         for status in STATUSES:
-            jobs.add_metric([status], found.statuses[status])
+            jobs.add_metric([status], found.statuses.get(status, 0))
         yield jobs
         yield SummaryMetricFamily(
             "trainmaster_queue_seconds",
             "From submission to start, of the jobs that started",
-            count_value=len(found.queue_seconds),
-            sum_value=sum(found.queue_seconds),
+            count_value=found.started,
+            sum_value=found.queue_seconds,
         )
         waiting = GaugeMetricFamily("trainmaster_oldest_waiting_seconds", "Age of what waits longest", labels=["pool"])
         for pool, seconds in found.oldest_waiting_seconds.items():

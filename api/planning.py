@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import BaseModel, Field
 
 from api.estimate import estimate
@@ -20,6 +22,19 @@ class Planned(BaseModel):
     plan: Plan | None = Field(description="the numbers that follow; null for jobs that train nothing")
     children: list[AnySpec] = Field([], description="the jobs that follow once it has succeeded")
     parent_job_id: str | None = Field(None, description="the job it is about")
+
+
+def real_path(path: Path) -> Path | None:
+    """Where links lead; None where nothing is."""
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError):  # names too long, links in a circle, a NUL
+        return None
+
+
+def is_inside(path: Path, root: Path) -> bool:
+    real = real_path(path)
+    return real is not None and real.is_relative_to(root.resolve())
 
 
 def planned(spec: AnySpec, settings: Settings, store: Store) -> Planned:
@@ -57,8 +72,8 @@ def _check_subject(spec: EvalSpec | PublishSpec, settings: Settings, store: Stor
         if isinstance(spec, PublishSpec):
             _refuse("/source", f"source {spec.source!r} is on the Hub already; publish takes a train job's id")
         return None
-    folder = (settings.runs / spec.source).resolve()
-    if not folder.is_relative_to(settings.runs.resolve()) or not folder.is_dir():
+    folder = settings.runs / spec.source
+    if not is_inside(folder, settings.runs) or not folder.is_dir():
         _refuse("/source", f"source {spec.source!r} is no job with a run directory and no folder of {settings.runs}")
     run = RunDir(folder)
     exported = (folder / "config.json").exists() and isinstance(spec, EvalSpec)
@@ -86,6 +101,6 @@ def _refuse(pointer: str, message: str) -> None:
 
 def _check_source(spec: PrepareSpec, settings: Settings) -> None:
     sources = settings.datasets / "sources"
-    if spec.source.repo is None and not (sources / spec.source.path).exists():
+    if spec.source.repo is None and real_path(sources / spec.source.path) is None:
         message = f"path {spec.source.path!r} is not in {sources}; put the text there, or use another path"
         raise SpecError([Problem(pointer="/source/path", message=message)])

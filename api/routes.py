@@ -13,6 +13,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
+from api.history import read_history
 from api.hub import Hub
 from api.monitoring import Monitor
 from api.planning import Planned, planned
@@ -25,7 +26,7 @@ from gptcore.events import Event
 from gptcore.presets import PRESETS
 from gptcore.rundir import RunDir
 from worker.deletion import delete_job
-from worker.job import Job, JobPage, Node, Status
+from worker.job import Job, JobPage, Node, Status, StatusChange
 from worker.keyring import AuditEntry, KeyRing
 from worker.settings import Settings
 from worker.store import Store
@@ -61,8 +62,9 @@ def _who(request: Request) -> str:
 With = Annotated[Services, Depends(_services)]
 Who = Annotated[str, Depends(_who)]
 Sent = Annotated[Submission, Body(openapi_examples=EXAMPLES)]
-EventId = Annotated[str | None, Query(pattern=r"^\d{1,9}-\d{1,15}$", description="only what is newer than this event")]
-LastEventId = Annotated[str | None, Header(pattern=r"^\d{1,9}-\d{1,15}$", description="as `after`, and before it")]
+_ID = r"^\d{1,9}-\d{1,15}(\.\d{1,9})?$"
+EventId = Annotated[str | None, Query(pattern=_ID, description="only what is newer than this event")]
+LastEventId = Annotated[str | None, Header(pattern=_ID, description="as `after`, and before it")]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -75,7 +77,7 @@ router = APIRouter(responses=PROBLEMS)
 class EventPage(BaseModel):
     """Oldest first. `next` is the `after` of the page that follows, null on the last one."""
 
-    data: list[Event]
+    data: list[Event | StatusChange]
     has_more: bool
     next: str | None
 
@@ -87,8 +89,9 @@ class DatasetSummary(BaseModel):
     tokenizer: Literal["bytes", "gpt2"]
     source: str
     prepared: bool
-    train_tokens: int | None = Field(description="null while it is not prepared")
-    val_tokens: int | None
+    train_tokens: int | None = Field(None, description="null while it is not prepared")
+    val_tokens: int | None = None
+    sha256: str | None = Field(None, description="of its tokens, as a run's `dataset_sha256`")
 
 
 class Health(BaseModel):
@@ -223,11 +226,14 @@ def events(
     after: EventId = None,
     last_event_id: LastEventId = None,
 ) -> Response:
-    """What the trainer reported, the newest 100,000 events; with `Accept: text/event-stream` as they come."""
+    """What the trainer reported, and between it the job's changes of status; a stream with `Accept: text/event-stream`.
+
+    An event's id is {attempt}-{seq}, a change's {attempt}-{seq}.{number}: it stands behind the event newest then.
+    """
     services.store.get_job(job_id)
     if _accepts(request, "text/event-stream"):
         return event_stream(services.hub, services.store, job_id, last_event_id or after or "0-0")
-    found = services.store.read_events(job_id, after or "0-0", limit + 1)
+    found = read_history(services.store, services.settings.runs, job_id, after or "0-0", limit + 1)
     page, has_more = found[:limit], len(found) > limit
     # passed on as the trainer wrote them: a newer one may report what this server does not know
     data = [json.loads(line) for _, line in page]
@@ -274,27 +280,18 @@ def presets() -> dict[str, dict[str, Any]]:
 
 @router.get("/datasets", tags=["service"])
 def datasets(services: With) -> list[DatasetSummary]:
-    prepared = [
+    prepared = {one.name: one for one in list_datasets(services.settings.datasets)}
+    return [
         DatasetSummary(
-            name=dataset.name,
-            tokenizer=dataset.tokenizer,
-            source=dataset.source,
-            prepared=True,
-            train_tokens=dataset.train.tokens,
-            val_tokens=dataset.val.tokens,
+            name=name, tokenizer=one.tokenizer, source=one.source, prepared=True,
+            train_tokens=one.train.tokens, val_tokens=one.val.tokens, sha256=one.sha256,
         )
-        for dataset in list_datasets(services.settings.datasets)
-    ]
-    names = {dataset.name for dataset in prepared}
-    builtin = [
-        DatasetSummary.model_validate(
-            {"name": name, "tokenizer": tokenizer, "source": source, "prepared": False}
-            | {"train_tokens": None, "val_tokens": None}
-        )
+        for name, one in prepared.items()
+    ] + [
+        DatasetSummary(name=name, tokenizer=tokenizer, source=source, prepared=False)
         for name, (tokenizer, source) in BUILTIN.items()
-        if name not in names
-    ]
-    return prepared + builtin
+        if name not in prepared
+    ]  # fmt: skip
 
 
 @router.get("/workers", tags=["service"])

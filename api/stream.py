@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.hub import Hub
 from gptcore.rundir import RunDir
+from worker.record import place
 from worker.store import JobNotFound, Store
 
 RECONNECT_MILLISECONDS = 1000
@@ -54,7 +55,7 @@ def log_stream(
     hub: Hub, store: Store, run: RunDir, job_id: str, attempt: int | None, after: str | None
 ) -> EventSourceResponse:
     """What the trainer prints, as `log` messages with ids {attempt}-{byte}, from the newest attempt's last MiB on."""
-    attempt, offset = map(int, after.split("-")) if after else (attempt or 0, -1)
+    attempt, offset = place(after)[:2] if after else (attempt or 0, -1)
     return EventSourceResponse(_log_messages(hub, store, run, job_id, attempt, offset), headers=HEADERS)
 
 

@@ -6,6 +6,8 @@ tokens. No tensor and no numpy here: the API reads these descriptions too.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import struct
 from pathlib import Path
 from typing import Literal
@@ -15,12 +17,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gptcore.presets import closest
 from gptcore.spec import Problem, SpecError
 
+Tokenizer = Literal["bytes", "gpt2"]
 MAGIC = 20240520
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 VOCAB_SIZES = {"bytes": 256, "gpt2": 50257}
 # built-in datasets are prepared on first use: name → (tokenizer, what it is)
-BUILTIN = {
+BUILTIN: dict[str, tuple[Tokenizer, str]] = {
     "python-stdlib": ("bytes", "the Python standard library's own source, as bytes"),
     "fineweb-10bt": ("gpt2", "FineWeb's sample of 10 billion tokens, streamed from the Hub, in GPT-2's BPE"),
     "fineweb-edu-10bt": ("gpt2", "FineWeb-Edu's sample of 10 billion tokens, streamed, in GPT-2's BPE"),
@@ -57,11 +60,17 @@ class Dataset(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    tokenizer: Literal["bytes", "gpt2"]
+    tokenizer: Tokenizer
     vocab_size: int
     source: str
     train: Split
     val: Split
+
+    @property
+    def sha256(self) -> str:
+        """Of what a model sees: the tokenizer and each split's tokens, in order."""
+        seen = [self.tokenizer, *([shard.sha256 for shard in split.shards] for split in (self.train, self.val))]
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
 def dataset_file(root: Path, name: str) -> Path:
@@ -85,12 +94,12 @@ def list_datasets(root: Path) -> list[Dataset]:
     return [d for name in names if (d := read_dataset(root, name)) is not None]
 
 
-def tokenizer_of(root: Path, name: str) -> Literal["bytes", "gpt2"]:
+def tokenizer_of(root: Path, name: str) -> Tokenizer:
     """The tokenizer of a prepared or built-in dataset. Raises SpecError where there is neither."""
     if (dataset := read_dataset(root, name)) is not None:
         return dataset.tokenizer
     if name in BUILTIN:
-        return "bytes" if BUILTIN[name][0] == "bytes" else "gpt2"
+        return BUILTIN[name][0]
     known = {*BUILTIN, *(d.name for d in list_datasets(root))}
     way_out = f"{closest(name, known)} or make it: trainmaster prepare {name} --text FILE"
     raise SpecError([Problem(pointer="/data/dataset", message=f"dataset {name!r} is unknown; {way_out}")])

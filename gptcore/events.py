@@ -52,6 +52,7 @@ class Started(EventBase):
     total_steps: int
     tokens_per_step: int
     versions: dict[str, str]
+    dataset_sha256: str | None = None  # of what was trained on: tokenizer and tokens
 
 
 class PhaseChanged(EventBase):

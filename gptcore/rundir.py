@@ -7,9 +7,10 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from gptcore.events import read_events
+from gptcore.events import parse_event, read_lines
 
 
 def home() -> Path:
@@ -113,9 +114,17 @@ class RunDir:
 
     def events(self) -> Iterator[object]:
         """Every event of every attempt, in order."""
-        for attempt in self.attempts():
-            if attempt.events.exists():
-                yield from read_events(attempt.events)
+        return (parse_event(line) for _, line in self.lines_behind(0, 0))
+
+    def lines_behind(self, attempt: int, seq: int) -> Iterator[tuple[str, str]]:
+        """Id and JSON of the events behind {attempt}-{seq}: an attempt's event n is line n of its file."""
+        for one in self.attempts():
+            if one.number >= attempt and one.events.exists():
+                passed = seq if one.number == attempt else 0
+                with one.events.open("rb") as file:
+                    offset = sum(map(len, islice(file, passed)))
+                for number, (_, line) in enumerate(read_lines(one.events, offset), passed + 1):
+                    yield f"{one.number}-{number}", line
 
 
 def _has_noted_sizes(checkpoint: Path) -> bool:

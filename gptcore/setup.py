@@ -132,7 +132,7 @@ def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: A
     torch.manual_seed(spec.seed)
     model = GPT(spec.model, activation_checkpointing=spec.activation_checkpointing).to(dist.device)
     forward, replica = wrap(model, compiled, dist)
-    report(_started(spec, planned, dist, hardware.device_name, precision, compiled))
+    report(_started(spec, dataset, planned, dist, hardware.device_name, precision, compiled))
     return Trainer(
         spec=spec,
         planned=planned,
@@ -208,7 +208,9 @@ def _as_before(spec: TrainSpec, run: RunDir) -> TrainSpec:
     return spec.model_copy(update={"micro_batch_size": meta["micro_batch_size"]})
 
 
-def _started(spec: TrainSpec, planned: Plan, dist: Dist, device_name: str, precision: str, compiled: bool) -> Started:
+def _started(
+    spec: TrainSpec, dataset: Dataset, planned: Plan, dist: Dist, device_name: str, precision: str, compiled: bool
+) -> Started:
     return Started(
         kind=spec.kind,
         device=dist.device.type,
@@ -223,6 +225,7 @@ def _started(spec: TrainSpec, planned: Plan, dist: Dist, device_name: str, preci
         total_steps=planned.total_steps,
         tokens_per_step=planned.tokens_per_step,
         versions={"python": platform.python_version(), "torch": torch.__version__, "trainmaster": _version()},
+        dataset_sha256=dataset.sha256,
     )
 
 

@@ -24,13 +24,17 @@ from pydantic import (
     model_validator,
 )
 
-from gptcore.presets import closest, expand
+from gptcore.presets import PRESETS, closest, expand
 
 VOCAB_MULTIPLE = 128  # training pads the vocabulary to this; the export cuts it off again
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Label = Annotated[str, Field(min_length=1, max_length=200)]
 LabelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$")]
+# shown in the JSON schema, but checked here: our messages name the way out, and pydantic's regex looks not ahead
+TASK = r"^(val_loss|hellaswag(@\d{1,2})?|lm_eval:[\w.,/-]{1,200}(@\d{1,3})?)$"
+_PART = "[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+REPO = rf"^(?!.*(--|\.\.|\.git$)){_PART}/{_PART}$"
 
 
 class Problem(BaseModel):
@@ -52,7 +56,7 @@ class SpecError(ValueError):
 
 def _known_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
     for task in tasks:
-        if not re.fullmatch(r"val_loss|hellaswag(@\d{1,2})?|lm_eval:[\w.,/-]{1,200}(@\d{1,3})?", task):
+        if not re.fullmatch(TASK, task):
             raise ValueError(
                 f"{task!r} is no task; use val_loss, hellaswag, or one of lm-evaluation-harness as lm_eval:NAME; "
                 "@10 behind a name shows the model ten solved examples first"
@@ -60,7 +64,8 @@ def _known_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
     return tasks
 
 
-Tasks = Annotated[tuple[str, ...], Field(max_length=100), AfterValidator(_known_tasks)]
+Task = Annotated[str, Field(json_schema_extra={"pattern": TASK})]
+Tasks = Annotated[tuple[Task, ...], Field(max_length=100), AfterValidator(_known_tasks)]
 
 
 class Spec(BaseModel):
@@ -69,16 +74,31 @@ class Spec(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _json_has_no_tuples(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    def _read(cls, given: Any) -> Any:
+        return {name: _plain(value) for name, value in given.items()} if isinstance(given, dict) else given
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no tuples, and one kind of number: 3.0 is an integer there."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _preset_or_widths(schema: dict[str, Any]) -> None:
+    del schema["required"]
+    preset = {"required": ["preset"], "properties": {"preset": {"type": "string"}}}
+    schema["anyOf"] = [preset, {"required": ["n_layer", "n_head", "n_embd"]}]
 
 
 class ModelSpec(Spec):
     """The shape of a GPT. Defaults are the `llama` family's; a preset fills in all that is absent."""
 
-    preset: str | None = Field(None, description="where the unset fields come from: GET /presets")
+    model_config = ConfigDict(json_schema_extra=_preset_or_widths)
+
+    preset: str | None = Field(
+        None, description="where the unset fields come from: GET /presets", json_schema_extra={"enum": [*PRESETS, None]}
+    )
     vocab_size: int | None = Field(None, ge=2, le=1_000_000, description="tokens; unset: the dataset's tokenizer's")
     block_size: int = Field(1024, ge=8, le=131_072, description="context length in tokens")
     n_layer: int = Field(ge=1, le=512)
@@ -108,10 +128,8 @@ class ModelSpec(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _expand_preset(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        return expand(given)
+    def _read(cls, given: Any) -> Any:
+        return expand({name: _plain(value) for name, value in given.items()}) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _check_shape(self) -> ModelSpec:
@@ -202,7 +220,10 @@ class InitSpec(Spec):
 class PublishTarget(Spec):
     """Where on the Hugging Face Hub a model goes, and as what."""
 
-    repo: str = Field(description="owner/name; the worker's TRAINMASTER_HF_NAMESPACES must list the owner")
+    repo: str = Field(
+        description="owner/name; the worker's TRAINMASTER_HF_NAMESPACES must list the owner",
+        json_schema_extra={"pattern": REPO, "maxLength": 96},
+    )
     private: bool = True
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of the weights in the files")
     license: str | None = Field(None, max_length=100, description="the Hub's name of it, for the model card: mit, ...")
@@ -210,9 +231,7 @@ class PublishTarget(Spec):
     @field_validator("repo")
     @classmethod
     def _hub_accepts(cls, repo: str) -> str:
-        part = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
-        bad = "--" in repo or ".." in repo or repo.endswith(".git") or len(repo) > 96
-        if bad or not re.fullmatch(f"{part}/{part}", repo):
+        if len(repo) > 96 or not re.fullmatch(REPO, repo):
             raise ValueError(
                 f"repo {repo!r} is no name the Hub accepts; use owner/name of letters, digits, '-', '_' and '.', "
                 "at most 96, without '--', '..' or '.git' at the end"
@@ -231,18 +250,20 @@ class ResourcesSpec(Spec):
 
 class JobBase(Spec):
     name: Name
-    labels: dict[LabelKey, Label] = Field(default_factory=dict, max_length=32)
+    labels: dict[LabelKey, Label] = Field({}, max_length=32, json_schema_extra={"additionalProperties": False})
     resources: ResourcesSpec = ResourcesSpec()
 
 
 class TrainSpec(JobBase):
-    kind: Literal["train"] = "train"
+    kind: Literal["train"]
     model: ModelSpec
     data: DataSpec
     optim: OptimSpec
     max_steps: int = Field(ge=1, le=100_000_000, description="optimiser updates")
     tokens_per_step: int = Field(ge=8, description="tokens of one update, over all ranks")
-    micro_batch_size: int | Literal["auto"] = Field("auto", description="sequences per rank per forward pass")
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="sequences per rank per forward pass"
+    )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     activation_checkpointing: bool = False
@@ -253,13 +274,6 @@ class TrainSpec(JobBase):
     init_from: InitSpec | None = None
     profile_steps: tuple[int, int] | None = Field(None, description="first and last step traced by torch.profiler")
     publish: PublishTarget | None = Field(None, description="the best checkpoint, by a job that follows")
-
-    @field_validator("micro_batch_size")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f'micro_batch_size {value} is not positive; use 1 or more, or "auto"')
-        return value
 
     @field_validator("profile_steps")
     @classmethod
@@ -275,6 +289,14 @@ class TrainSpec(JobBase):
 
 class SourceSpec(Spec):
     """Where a dataset's text comes from. Paths stay inside the datasets root's `sources/`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"format": {"const": "hub"}}},
+            "then": {"required": ["repo"], "properties": {"repo": {"type": "string"}}},
+            "else": {"properties": {"repo": {"type": "null"}}},
+        }
+    )
 
     format: Literal["text", "jsonl", "parquet", "hub", "shards"]
     path: str = Field(min_length=1, max_length=500, description="file or folder, relative; hub: a glob of its files")
@@ -380,7 +402,9 @@ def problems_of(errors: list[Any], root: tuple[str, ...] = ()) -> list[Problem]:
         if path and path[0] in KINDS:  # the discriminator's own level is not in the document
             path = path[1:]
         path = [
-            p for p in path if not (isinstance(p, str) and re.match(r"^(literal|function)\W|^(int|bool|str|float)$", p))
+            p
+            for p in path
+            if not (isinstance(p, str) and re.match(r"^(literal|function)\W|^(constrained-)?(int|bool|str|float)$", p))
         ]
         if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
             path.append("kind")

@@ -13,21 +13,23 @@ from redis.backoff import NoBackoff
 
 from worker.job import TERMINAL_STATUSES
 from worker.keys import KEYS
+from worker.record import changes_of, place
 from worker.store import JobNotFound
 
 
 async def follow_events(
     url: str, job_id: str, after: str = "0-0", quiet_seconds: float = 10.0
 ) -> AsyncIterator[tuple[str, str] | None]:
-    """(id, JSON) of events behind `after` as they come; None after each quiet time.
+    """(id, JSON) of events and status changes behind `after` as they come; None after each quiet time.
 
     Ends once the job has ended and all was given, or when the job is deleted. Raises JobNotFound.
     """
-    events_key, changes = KEYS["events"] + job_id, KEYS["changes"] + job_id
-    cursors: dict[str, str] = {events_key: after, changes: "0-0"}
+    events_key = KEYS["events"] + job_id
+    cursors = {events_key: after.partition(".")[0], KEYS["changes"] + job_id: "0-0"}
     client = redis.asyncio.Redis.from_url(
         url,
         decode_responses=True,
+        protocol=2,  # pairs of stream and entries; RESP3 nests them
         retry=Retry(NoBackoff(), 0),
         socket_timeout=quiet_seconds + 10,
     )
@@ -35,17 +37,29 @@ async def follow_events(
         if not await client.exists(KEYS["job"] + job_id):
             raise JobNotFound(job_id)
         ended = False
+        changes: list[Any] = []
+        changed: list[tuple[str, str]] = []
+        known = after
         while True:
             block = None if ended else int(quiet_seconds * 1000)
-            news = await client.xread(cast(Any, cursors), count=1000, block=block)
-            streams = cast("dict[str, Any] | list[Any]", news)
-            for key, entries in _by_stream(streams):
-                for entry_id, fields in entries:
-                    cursors[key] = entry_id
-                    if key == events_key:
-                        yield entry_id, fields["event"]
-                    elif fields["to"] in TERMINAL_STATUSES:
-                        ended = True  # its last event is in the stream by now: read once more
+            news: Any = await client.xread(cast(Any, cursors), count=1000, block=block)
+            found: list[tuple[str, str]] = []
+            for key, entries in news:
+                cursors[key] = entries[-1][0]
+                if key == events_key:
+                    found += [(entry_id, fields["event"]) for entry_id, fields in entries]
+                else:
+                    changes += entries
+                    changed = [(change.id, change.model_dump_json()) for change in changes_of(changes)]
+                    # its last event is in the stream by now: read once more
+                    ended |= any(fields["to"] in TERMINAL_STATUSES for _, fields in entries)
+            # one behind an event that this answer has no room for comes with that event
+            read = place(cursors[events_key])
+            found += [one for one in changed if place(one[0])[:2] <= read]
+            for entry in sorted(found, key=lambda one: place(one[0])):
+                if place(entry[0]) > place(known):
+                    known = entry[0]
+                    yield entry
             if not news:
                 if ended or not await client.exists(KEYS["job"] + job_id):
                     return
@@ -59,10 +73,3 @@ async def _closed_after(client: redis.asyncio.Redis) -> AsyncIterator[None]:
     finally:
         # whoever stops following cancels every await in here; the connection is to be closed all the same
         await asyncio.shield(client.aclose())
-
-
-def _by_stream(news: dict[str, Any] | list[Any]) -> list[tuple[str, list[tuple[str, dict[str, str]]]]]:
-    """XREAD's answer by stream: RESP3 gives a map with nested lists, RESP2 pairs."""
-    if isinstance(news, dict):
-        return [(key, [entry for part in parts for entry in part]) for key, parts in news.items()]
-    return [(key, entries) for key, entries in news]

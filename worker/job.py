@@ -118,8 +118,12 @@ class JobPage(Record):
 
 
 class StatusChange(Record):
-    """One line of the job system's own stream. `who`: anyone, an API key, scheduler, or a node's launcher."""
+    """One line of the job system's own stream. `who`: anyone, an API key, scheduler, or a node's launcher.
 
+    `id` is {attempt}-{seq}.{number}: the newest event when it happened, behind which it stands, and which change it is.
+    """
+
+    type: Literal["status"] = "status"
     id: str
     time: datetime
     from_status: str  # empty for the first

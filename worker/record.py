@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from gptcore.plan import Plan
 from gptcore.spec import AnySpec, EvalSpec, TrainSpec
-from worker.job import Job
+from worker.job import Job, StatusChange
 
 # fields of the job's hash that hold JSON; the others are plain text, which Pydantic reads
 _JSON_FIELDS = ("labels", "nodes", "spec", "plan", "best_checkpoint", "published", "results", "error")
@@ -48,6 +48,22 @@ def _text(value: object) -> str:
     if isinstance(value, BaseModel):
         return value.model_dump_json()
     return json.dumps(value)
+
+
+def changes_of(entries: list[Any]) -> list[StatusChange]:
+    """A whole stream of status changes."""
+    return [
+        StatusChange.model_validate(
+            {"id": f"{fields.get('behind', '0-0')}.{number}", "from_status": fields["from"], "to_status": fields["to"]}
+            | {name: fields[name] for name in ("time", "who", "why")}
+        )
+        for number, (_, fields) in enumerate(entries, 1)
+    ]
+
+
+def place(entry_id: str) -> tuple[int, ...]:
+    """Where an event or a status change stands among all of its job."""
+    return tuple(map(int, entry_id.replace("-", ".").split(".")))
 
 
 def job_of(fields: dict[str, str], rank: int | None) -> Job:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import redis
 
@@ -27,7 +26,7 @@ from worker.job import (
     new_job_id,
 )
 from worker.keys import KEYS, script
-from worker.record import flat, job_of, new_record
+from worker.record import changes_of, flat, job_of, new_record
 
 LEASE_SECONDS = 12.0  # of an attempt and of a node
 CLAIM_SECONDS = 10.0  # a ticket not started by then is replaced by the next attempt
@@ -213,17 +212,7 @@ class Store:
 
     def status_changes(self, job_id: str) -> list[StatusChange]:
         """Oldest first; none for a job that does not exist."""
-        return [
-            StatusChange(
-                id=entry_id,
-                time=cast(datetime, fields["time"]),  # text, which Pydantic reads
-                from_status=fields["from"],
-                to_status=fields["to"],
-                who=fields["who"],
-                why=fields["why"],
-            )
-            for entry_id, fields in self._redis.xrange(KEYS["changes"] + job_id)
-        ]
+        return changes_of(self._redis.xrange(KEYS["changes"] + job_id))
 
     # ---- the launcher's side: all of it asks first whether the attempt still has the job
 
@@ -310,8 +299,18 @@ class Store:
 
     def read_events(self, job_id: str, after: str = "0-0", count: int = 1000) -> list[tuple[str, str]]:
         """(id, JSON) of the events behind `after`, oldest first."""
-        entries = self._redis.xrange(KEYS["events"] + job_id, f"({after}", "+", count)
-        return [(entry_id, fields["event"]) for entry_id, fields in entries]
+        return self.read_stream(job_id, after, count)[0]
+
+    def read_stream(self, job_id: str, after: str, count: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """(id, JSON) of events behind `after`, and of all status changes: read as one, so that none is between them."""
+        pipeline = self._redis.pipeline()
+        pipeline.xrange(KEYS["events"] + job_id, f"({after}", "+", count)
+        pipeline.xrange(KEYS["changes"] + job_id)
+        events, changes = pipeline.execute()
+        return (
+            [(entry_id, fields["event"]) for entry_id, fields in events],
+            [(change.id, change.model_dump_json()) for change in changes_of(changes)],
+        )
 
     def last_event(self, job_id: str) -> str:
         """The id of the newest event there is; "0-0" where there is none."""

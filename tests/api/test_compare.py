@@ -12,20 +12,20 @@ from tests.api.server import FakeRun, evaluated, step
 from trainmaster import Client
 
 
-def started(torch: str) -> Started:
+def started(torch: str, dataset_sha256: str) -> Started:
     return Started(
         kind="train", device="cpu", device_name="a cpu", world_size=1, threads=1, precision="fp32", compiled=False,
         micro_batch_size=1, grad_accum_steps=1, parameters=1, total_steps=12, tokens_per_step=256,
-        versions={"torch": torch, "python": "3.11"},
+        versions={"torch": torch, "python": "3.11"}, dataset_sha256=dataset_sha256,
     )  # fmt: skip
 
 
 def test_runs_are_aligned_and_their_differences_named(client: Client, new_run: Callable[..., FakeRun]) -> None:
     first = new_run(labels={"a/b": "1"})
-    first.write(started("2.13"), *(step(i, 5 - i, step_seconds=0.5) for i in range(1, 7)), evaluated(6, 2.5))
+    first.write(started("2.13", "d0"), *(step(i, 5 - i, step_seconds=0.5) for i in range(1, 7)), evaluated(6, 2.5))
     first.end()
     second = new_run(tokens_per_step=512, optim={"lr": 0.01})
-    second.write(started("2.14"), *(step(i, 5 - i + (i > 3) / 1e9) for i in range(2, 6)), evaluated(6, 2.5))
+    second.write(started("2.14", "d1"), *(step(i, 5 - i + (i > 3) / 1e9) for i in range(2, 6)), evaluated(6, 2.5))
     found = client.compare(first.id, second.id)
     assert found["jobs"] == [first.id, second.id]
     assert found["series"]["train_loss"][1] == {"x": [2, 3, 4, 5], "value": [3, 2, 1 + 1e-9, 1e-9]}
@@ -36,6 +36,7 @@ def test_runs_are_aligned_and_their_differences_named(client: Client, new_run: C
         "/spec/tokens_per_step": [256, 512],
         "/spec/optim/lr": [0.003, 0.01],
         "/versions/torch": ["2.13", "2.14"],
+        "/dataset_sha256": ["d0", "d1"],
     }
     by_tokens = client.compare(first.id, second.id, by="tokens", keys=["train_loss"])["series"]
     assert [by_tokens["train_loss"][run]["x"][:2] for run in (0, 1)] == [[256, 512], [1024, 1536]]

@@ -94,14 +94,37 @@ BAD = {
         "/source/path",
         ["'../x'", "relative path"],
     ),
+    "a name too long for a file": (
+        {"kind": "prepare", "name": "p", "dataset": "d", "source": {"format": "text", "path": "x" * 300}},
+        "/source/path",
+        ["put the text there"],
+    ),
+    "a source too long for a folder": (
+        {"kind": "eval", "name": "e", "source": "x" * 300, "tasks": ["val_loss"]},
+        "/source",
+        ["is no job"],
+    ),
+    "a source with a NUL": (
+        {"kind": "eval", "name": "e", "source": "a\0b", "tasks": ["val_loss"]},
+        "/source",
+        ["is no job"],
+    ),
 }
 
 
 @pytest.mark.parametrize("path", ["/jobs", "/jobs/plan"])
 @pytest.mark.parametrize(("spec", "pointer", "words"), BAD.values(), ids=BAD)
 def test_a_spec_that_cannot_run_is_refused_with_field_value_and_way_out(
-    http: httpx2.Client, store: Store, path: str, spec: dict[str, Any], pointer: str, words: list[str]
+    http: httpx2.Client,
+    store: Store,
+    settings: Settings,
+    path: str,
+    spec: dict[str, Any],
+    pointer: str,
+    words: list[str],
 ) -> None:
+    for folder in (settings.runs, settings.datasets / "sources"):
+        folder.mkdir(parents=True)
     store.register_node(node(2))
     answer = http.post(path, json=spec)
     problem = answer.json()

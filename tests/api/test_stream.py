@@ -28,7 +28,13 @@ from worker.store import Store
 
 @contextmanager
 def stream(http: httpx2.Client, path: str, **headers: str) -> Iterator[Iterator[httpx2.ServerSentEvent]]:
-    """The messages that carry data."""
+    """The messages that carry data, changes of status aside."""
+    with raw_stream(http, path, **headers) as messages:
+        yield (message for message in messages if message.event != "status")
+
+
+@contextmanager
+def raw_stream(http: httpx2.Client, path: str, **headers: str) -> Iterator[Iterator[httpx2.ServerSentEvent]]:
     with http.stream("GET", path, headers={"Accept": "text/event-stream", **headers}) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.headers["cache-control"] == "no-store"
@@ -84,12 +90,61 @@ def test_a_job_cancelled_in_the_queue_ends_its_stream(http: httpx2.Client) -> No
         assert json.loads(next(messages).data) == {"status": "cancelled"}
 
 
+def test_changes_of_status_stand_between_events_once_and_in_order(
+    http: httpx2.Client, run: FakeRun, store: Store
+) -> None:
+    path = f"/jobs/{run.id}/events"
+    with raw_stream(http, path) as messages:
+        live = [next(messages) for _ in range(3)]  # those before its first event
+        run.write(step(1), step(2))
+        live += [next(messages) for _ in range(2)]
+        run.begin_attempt()
+        run.write(step(2))
+        run.end()
+        live += [message for message in messages if message.event != "end"]
+    said = [json.loads(message.data) for message in live]
+    assert [event.get("step") or event["to_status"] for event in said] == [
+        *("queued", "starting", "running", 1, 2, "recovering", "starting", "running", 2, "succeeded"),
+    ]
+    ids = [message.id for message in live]
+    assert ids == [
+        *("0-0.1", "0-0.2", "0-0.3", "1-1", "1-2", "1-2.4", "1-2.5", "1-2.6", "2-1", "2-1.7"),
+    ]
+    assert [event["id"] for event in said if event["type"] == "status"] == [one for one in ids if "." in one]
+    for seen, last in enumerate(ids, 1):
+        with raw_stream(http, path, **{"Last-Event-ID": last}) as messages:
+            assert [message.id for message in messages if message.event != "end"] == ids[seen:]
+        page = http.get(path, params={"after": last, "limit": 2}).json()
+        assert page["data"] == said[seen : seen + 2]
+        assert page["next"] == (ids[seen + 1] if seen + 2 < len(ids) else None)
+
+
+def test_events_that_redis_keeps_no_longer_come_from_the_run_directory(
+    http: httpx2.Client, run: FakeRun, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.store.EVENTS_KEPT", 100)
+    run.write(*(step(i) for i in range(1, 151)))
+    run.begin_attempt()
+    run.write(*(step(i) for i in range(151, 501)))
+    run.end()
+    assert len(store.read_events(run.id)) < 350
+    every = [*(f"1-{i}" for i in range(1, 151)), *(f"2-{i}" for i in range(1, 351))]
+    with stream(http, f"/jobs/{run.id}/events") as messages:
+        assert [message.id for message in messages if message.event != "end"] == every
+    for after in ("0-0", "1-70", "1-150", "1-150.5", "2-40"):
+        page = http.get(f"/jobs/{run.id}/events", params={"after": after, "limit": 300}).json()["data"]
+        steps = [event["step"] for event in page if event["type"] == "step"]
+        first = every.index(after.partition(".")[0]) + 1 if after != "0-0" else 0
+        assert steps == list(range(first + 1, first + 1 + len(steps)))
+        assert len(page) == 300
+
+
 def test_pages_of_events_join_without_gap(http: httpx2.Client, run: FakeRun) -> None:
     run.write(*(step(i) for i in range(1, 8)))
     seen, query = [], {"limit": "3"}
     while True:
         page = http.get(f"/jobs/{run.id}/events", params=query).json()
-        seen += [(event["type"], event["step"]) for event in page["data"]]
+        seen += [(event["type"], event["step"]) for event in page["data"] if event["type"] != "status"]
         if not page["has_more"]:
             break
         query["after"] = page["next"]
@@ -166,7 +221,7 @@ def test_many_watchers_of_a_job_are_one_reader_of_redis(server: Server, run: Fak
 
 
 def test_who_is_too_slow_misses_nothing_and_holds_up_nobody(
-    run: FakeRun, store: Store, monkeypatch: pytest.MonkeyPatch
+    run: FakeRun, store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "QUEUE_EVENTS", 5)
     seen: dict[str, list[str]] = {"slow": [], "fast": []}
@@ -174,12 +229,12 @@ def test_who_is_too_slow_misses_nothing_and_holds_up_nobody(
     async def watch(all_watch: hub.Hub, who: str, go_on: asyncio.Event) -> None:
         async with aclosing(all_watch.watch(run.id, "0-0")) as news:
             async for messages in news:
-                seen[who] += [message.id for message in messages]
+                seen[who] += [message.id for message in messages if message.type != "status"]
                 if len(seen[who]) > 1:  # it has joined the queue by then
                     await go_on.wait()
 
     async def both() -> None:
-        all_watch, now, later = hub.Hub(store), asyncio.Event(), asyncio.Event()
+        all_watch, now, later = hub.Hub(store, settings.runs), asyncio.Event(), asyncio.Event()
         now.set()
         tasks = [asyncio.create_task(watch(all_watch, *one)) for one in (("slow", later), ("fast", now))]
         await asyncio.sleep(0.5)

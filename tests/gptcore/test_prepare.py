@@ -82,6 +82,17 @@ def test_a_dataset_is_never_replaced_by_another_of_its_name(tmp_path: Path) -> N
     assert tokens_of(tmp_path, first, "train").size == first.train.tokens
 
 
+def test_a_datasets_hash_is_that_of_what_a_model_sees(tmp_path: Path) -> None:
+    first = prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3)
+    assert prepare(tmp_path, "e", made_up(), "bytes", val_fraction=0.3).sha256 == first.sha256
+    others = [
+        prepare(tmp_path / "other", "d", made_up(), "bytes", val_fraction=0.5),
+        prepare(tmp_path / "gpt2", "d", made_up(), "gpt2", val_fraction=0.3),
+        prepare(tmp_path / "less", "d", made_up(59), "bytes", val_fraction=0.3),
+    ]
+    assert len({first.sha256, *(other.sha256 for other in others)}) == 4
+
+
 def test_max_tokens_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptcore.prepare.BATCH_CHARACTERS", 500)
     dataset = prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3, max_tokens=2000)

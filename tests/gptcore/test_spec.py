@@ -1,11 +1,13 @@
 import json
 
+import jsonschema_rs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from gptcore.presets import PRESETS
-from gptcore.spec import ModelSpec, PrepareSpec, SpecError, TrainSpec, parse_spec
+from gptcore.spec import JobSpec, ModelSpec, PrepareSpec, SpecError, TrainSpec, parse_spec
 
 MINIMAL = {
     "kind": "train", "name": "x", "model": {"preset": "llama-tiny"}, "data": {"dataset": "small"},
@@ -69,6 +71,43 @@ def test_every_problem_is_named_at_once() -> None:
 )
 def test_a_bad_value_is_refused_at_its_pointer(change: dict[str, object], pointer: str) -> None:
     assert pointer in refused(MINIMAL | change)
+
+
+PREPARE = {"kind": "prepare", "name": "p", "dataset": "d", "source": {"format": "hub", "path": "*", "repo": "a/b"}}
+EVAL = {"kind": "eval", "name": "e", "source": "job-1", "tasks": ["val_loss", "hellaswag@10", "lm_eval:arc_easy@25"]}
+PUBLISH = {"kind": "publish", "name": "p", "source": "job-1", "repo": "me/my-gpt_2.1"}
+
+
+@pytest.mark.parametrize(
+    ("body", "fine"),
+    [
+        *((body, True) for body in (MINIMAL, PREPARE, EVAL, PUBLISH)),
+        (MINIMAL | {"max_steps": 3.0, "micro_batch_size": 4.0}, True),
+        (MINIMAL | {"max_steps": 3.5}, False),
+        ({name: value for name, value in MINIMAL.items() if name != "kind"}, False),
+        (MINIMAL | {"model": {"n_layer": 1, "n_head": 2.0, "n_embd": 64}}, True),
+        (MINIMAL | {"model": {"preset": None, "n_layer": 1, "n_head": 2, "n_embd": 64}}, True),
+        (MINIMAL | {"model": {"n_layer": 1, "n_head": 2}}, False),
+        (MINIMAL | {"model": {"preset": None}}, False),
+        (MINIMAL | {"model": {"preset": "lama-tiny"}}, False),
+        (MINIMAL | {"micro_batch_size": 0}, False),
+        (MINIMAL | {"labels": {"a/b": "c"}}, True),
+        (MINIMAL | {"labels": {"": "c"}}, False),
+        (PREPARE | {"source": {"format": "hub", "path": "*"}}, False),
+        (PREPARE | {"source": {"format": "text", "path": "a.txt"}}, True),
+        (PREPARE | {"source": {"format": "text", "path": "a.txt", "repo": "a/b"}}, False),
+        (EVAL | {"tasks": ["lm_eval:"]}, False),
+        *(
+            (PUBLISH | {"repo": repo}, False)
+            for repo in ("gpt", "a/b--c", "a/b..c", "a/b.git", "a/b-", "a/" + "b" * 95)
+        ),
+    ],
+)
+def test_the_json_schema_takes_what_is_taken(body: dict[str, object], fine: bool) -> None:
+    assert jsonschema_rs.is_valid(TypeAdapter(JobSpec).json_schema(), body) == fine
+    assert fine or refused(body)
+    if fine:
+        parse_spec(body)
 
 
 @pytest.mark.parametrize("body", [None, 3, "text", [], {}, {"kind": []}, {"kind": "train", "model": []}])

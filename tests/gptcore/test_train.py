@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gptcore.checkpoint import list_checkpoints
+from gptcore.dataset import read_dataset
 from gptcore.events import Evaluated, Exported, Failed, Finished, Resumed, Sampled, Started, Step, Stopped
 from gptcore.rundir import RunDir
 from tests.gptcore.conftest import FAMILIES, Trainers, tiny_spec
@@ -33,6 +34,8 @@ def test_a_run_learns_evaluates_exports_and_says_so(train: Trainers) -> None:
     events = list(done.run.events())
     assert [e.seq for e in events] == list(range(1, len(events) + 1))
     assert isinstance(events[0], Started)
+    dataset = read_dataset(train.home / "datasets", "small")
+    assert dataset and events[0].dataset_sha256 == dataset.sha256
     finished = events[-1]
     assert isinstance(finished, Finished)
     losses = done.losses()

@@ -44,5 +44,6 @@ def test_ctrl_c_in_the_middle_of_the_demo_cancels_it_and_leaves_no_process(start
 
     up = start("up", "--port", "0")
     with Client(line(up, "trainmaster is up at ").split()[4]) as client:
-        assert list(client.events(job_id))[-1]["type"] == "stopped"
+        *_, stopped, cancelled = client.events(job_id)
+        assert (stopped["type"], cancelled["to_status"]) == ("stopped", "cancelled")
         assert client.job(job_id)["status"] == "cancelled"

@@ -17,7 +17,7 @@ for index = 3, #ARGV do
   local number = redis.call('INCR', K.number)
   redis.call('HSET', job, 'id', id, 'number', number, 'status', 'queued', 'attempt', 0, 'created_at', time,
     'queued_at', time, unpack(made.fields))
-  redis.call('XADD', K.changes .. id, '*', 'time', time, 'from', '', 'to', 'queued', 'who', 'api', 'why', 'submitted')
+  note(id, '', 'queued', 'api', 'submitted')
   redis.call('ZADD', K.jobs, number, id)
   local parent = made.parent ~= '' and redis.call('HGET', K.job .. made.parent, 'status')
   if made.parent ~= '' then redis.call('HSET', job, 'parent_job_id', made.parent) end

@@ -17,7 +17,7 @@ local known = {}
 for index = 5, #ARGV, 2 do known[ARGV[index]] = ARGV[index + 1] end
 redis.call('HSET', job, 'attempt', attempt, 'status', to, 'status_reason', why, 'nodes', known.nodes,
   'claim:' .. attempt .. ':0', who)
-redis.call('XADD', K.changes .. id, '*', 'time', stamp(time), 'from', from or '', 'to', to, 'who', who, 'why', why)
+note(id, from or '', to, who, why)
 redis.call('ZREM', K.queue .. known.pool, id)
 redis.call('ZADD', K.leases, time + lease, id)
 for _, allocation in ipairs(cjson.decode(known.nodes)) do

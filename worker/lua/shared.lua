@@ -29,6 +29,17 @@ local function settled(lease)
   return time >= tonumber(redis.call('GET', K.hold) or 0)
 end
 
+-- The id of a job's newest event; '0-0' where there is none.
+local function newest(id)
+  local found = redis.call('XREVRANGE', K.events .. id, '+', '-', 'COUNT', 1)[1]
+  return found and found[1] or '0-0'
+end
+
+local function note(id, from, to, who, why)
+  redis.call('XADD', K.changes .. id, '*', 'time', stamp(now()), 'from', from, 'to', to, 'who', who, 'why', why,
+    'behind', newest(id))
+end
+
 -- Puts a job into its pool's queue: higher priority first, then lower number.
 local function enqueue(id)
   local pool, priority, number = unpack(redis.call('HMGET', K.job .. id, 'pool', 'priority', 'number'))
@@ -49,11 +60,10 @@ function move(id, to, who, why)
   local job = K.job .. id
   local from = redis.call('HGET', job, 'status')
   if not (from and ALLOWED[from][to]) then return false end
-  local time = stamp(now())
   redis.call('HSET', job, 'status', to, 'status_reason', why)
-  redis.call('XADD', K.changes .. id, '*', 'time', time, 'from', from, 'to', to, 'who', who, 'why', why)
+  note(id, from, to, who, why)
   if TERMINAL[to] then
-    redis.call('HSET', job, 'finished_at', time)
+    redis.call('HSET', job, 'finished_at', stamp(now()))
     for _, child in ipairs(redis.call('SMEMBERS', K.children .. id)) do
       local follows, status = unpack(redis.call('HMGET', K.job .. child, 'follows', 'status'))
       local before = follows and follows ~= id and redis.call('HGET', K.job .. follows, 'status')

@@ -14,12 +14,11 @@ local function newer(one, other)
   return attempt > attempt2 or (attempt == attempt2 and seq > seq2)
 end
 
-local found = redis.call('XREVRANGE', K.events .. id, '+', '-', 'COUNT', 1)[1]
-local newest = found and found[1] or '0-0'
-if newer(before, newest) then return newest end
+local known = newest(id)
+if newer(before, known) then return known end
 local behind = 7 + 2 * tonumber(count)
 for index = 8, behind, 2 do
-  if newer(ARGV[index], newest) then
+  if newer(ARGV[index], known) then
     redis.call('XADD', K.events .. id, 'MAXLEN', '~', most, ARGV[index], 'event', ARGV[index + 1])
   end
 end
