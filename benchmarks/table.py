@@ -44,6 +44,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _short(value: float) -> str:
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) >= 0.01 or not value else f"{value:.2e}"
+
+
 class Table:
     """Rows to the terminal and to a JSON file as they come, so that a killed run leaves what it had."""
 
@@ -59,7 +65,7 @@ class Table:
         verdict = "" if met is None else "met" if met else "MISSED"
         row = {"what": what, "value": value, "unit": unit, "target": target, "verdict": verdict} | more
         self.rows.append(row)
-        number = "-" if value is None else f"{value:,.3f}" if abs(value) < 100 else f"{value:,.0f}"
+        number = "-" if value is None else _short(value)
         print(f"{what:<72} {number:>12} {unit:<12} {target:<14} {verdict}".rstrip(), flush=True)
         self._write()
 

@@ -135,8 +135,7 @@ class Trainer:
         loss, data_wait_seconds = self._accumulate_gradients()
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = get_total_norm(grads)
-        train_loss, stop = self._agree(loss)
-        grad_norm = float(norm)
+        train_loss, grad_norm, stop = self._agree(loss, norm)
         verdict = guard.judge(state, train_loss, grad_norm)
         if verdict is None:
             if spec.optim.grad_clip is not None and grad_norm > spec.optim.grad_clip:
@@ -177,13 +176,14 @@ class Trainer:
         loss.backward()
         return loss.detach()
 
-    def _agree(self, loss: Tensor) -> tuple[float, Any]:
-        """The mean loss over the ranks, and whether any was told to stop: one small all-reduce."""
+    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float, Any]:
+        """Mean loss over the ranks, the gradients' norm, why to stop: the step's only wait for the device."""
         told = STOP_CODES.get(self._stop_file(), 1) if self.dist.first else 0
-        words = torch.stack((loss, loss.new_tensor(told), loss.new_tensor(float(self.signalled))))
-        total, code, signals = self.dist.sum(words).tolist()
+        # filled on the device: a tensor made of a Python number is copied there, and the copy waits for it
+        words = torch.stack((loss, torch.full_like(loss, told), torch.full_like(loss, self.signalled)))
+        total, code, signals, grad_norm = torch.cat((self.dist.sum(words), norm.to(loss).view(1))).tolist()
         reason = next((r for r, c in STOP_CODES.items() if c == int(code) and c), None)
-        return total / self.dist.world_size, reason or ("pause" if signals else None)
+        return total / self.dist.world_size, grad_norm, reason or ("pause" if signals else None)
 
     def _stop_file(self) -> str:
         try:

@@ -32,7 +32,8 @@ from worker.settings import Settings
 from worker.shipper import ship_rest
 from worker.store import Store
 
-TICK_SECONDS = 0.3  # at most between two looks; the doorbell makes it less
+TICK_SECONDS = 0.3  # between two looks at the workers, and for an end that is asked for
+LOOK_SECONDS = 1.0  # at most between two looks at the queue; the doorbell makes it less
 HEARTBEAT_SECONDS = 2.0  # and of looking for lost attempts
 SWEEP_SECONDS = 5.0  # and of looking for processes that hang; it costs milliseconds
 HUNG_SECONDS = 15.0  # over the grace: a lease and a little
@@ -58,7 +59,7 @@ class Agent:
         self._workers: dict[str, psutil.Process] = {}
         self._started_at: dict[str, float] = {}
         self._hung_since: dict[str, float] = {}
-        self._seen_at = self._swept_at = float("-inf")
+        self._seen_at = self._swept_at = self._looked_at = float("-inf")
         self._doorbell: Doorbell | None = None
         self._redis_away = False
         self._stopping = False
@@ -108,12 +109,15 @@ class Agent:
         if time.monotonic() - self._swept_at > SWEEP_SECONDS:
             self._end_hung()
             self._swept_at = time.monotonic()
-        self._store.reserve(self._settings.pool)
-        for ticket in self._store.outbox():
-            # in this order a crash between repeats the ticket, which RQ refuses, and never loses it
-            tasks.hand_over(ticket, self._rq)
-            self._store.clear_outbox(ticket)
-        self._doorbell.wait(TICK_SECONDS)
+        if time.monotonic() - self._looked_at > LOOK_SECONDS:
+            self._store.reserve(self._settings.pool)
+            for ticket in self._store.outbox():
+                # in this order a crash between repeats the ticket, which RQ refuses, and never loses it
+                tasks.hand_over(ticket, self._rq)
+                self._store.clear_outbox(ticket)
+            self._looked_at = time.monotonic()
+        if self._doorbell.wait(TICK_SECONDS):
+            self._looked_at = float("-inf")
 
     def _adopt(self) -> None:
         """Take over a former agent's workers, and end those whose slots are no more, with a checkpoint."""

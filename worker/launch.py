@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -68,6 +69,7 @@ class Launcher:
         self._began = time.monotonic()
         self._word = ""  # how the attempt is to end, once it is: what the stop file says
         self._broken = ""  # what broke on another of its nodes
+        self._returncode = 0  # the trainer's: says something only where the trainer could not
 
     def run(self) -> None:
         try:
@@ -168,6 +170,7 @@ class Launcher:
                 self._send()
                 self._tend(tree)
                 time.sleep(TICK_SECONDS)
+            self._returncode = tree.returncode or 0
             self._ship_all()
             self._await_members()
         except Superseded:
@@ -256,7 +259,9 @@ class Launcher:
             again = step > 0 or len(self._job.nodes) > 1 or outcome.reason == "unavailable"
             self._give_up(outcome.reason, outcome.message, None if again else 1)
         elif outcome is None:
-            self._give_up("exited", "the trainer ended without a word")
+            code = self._returncode
+            how = f" by {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"
+            self._give_up("exited", f"the trainer ended without a word{how}")
         elif _text(self._attempt.stop) == "pause":
             self._finish("queued", "another of its nodes was drained")
         else:

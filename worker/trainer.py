@@ -42,12 +42,14 @@ def command(spec: AnySpec, settings: Settings, run_dir: Path, ticket: Ticket, me
     arguments = [str(run_dir), "--attempt", str(ticket.attempt)]
     if settings.trainer:
         return [*shlex.split(settings.trainer), *arguments, "--node-rank", str(ticket.node_rank)]
-    if not isinstance(spec, TrainSpec | EvalSpec):
-        return [sys.executable, "-m", MODULES[spec.kind], *arguments]
+    nodes = spec.resources.nodes if isinstance(spec, TrainSpec) else 1
+    ranks = spec.resources.ranks_per_node if isinstance(spec, TrainSpec | EvalSpec) else 1
+    if nodes == ranks == 1:  # torchrun would only load torch once more: over a second, and 200 MB
+        return [sys.executable, "-u", "-m", MODULES[spec.kind], *arguments]
     # max-restarts 0: another attempt is the job system's to make, with a checkpoint and a new number
     torchrun = {
-        "nnodes": spec.resources.nodes if isinstance(spec, TrainSpec) else 1,
-        "nproc-per-node": spec.resources.ranks_per_node,
+        "nnodes": nodes,
+        "nproc-per-node": ranks,
         "max-restarts": 0,
         "rdzv-backend": "static",
         "node-rank": ticket.node_rank,

@@ -3,16 +3,21 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptcore.checkpoint import list_checkpoints
 from gptcore.dataset import read_dataset
+from gptcore.dist import Dist
 from gptcore.events import Evaluated, Exported, Failed, Finished, Resumed, Sampled, Started, Step, Stopped
+from gptcore.plan import resolve
 from gptcore.rundir import RunDir
+from gptcore.setup import build
 from tests.gptcore.conftest import FAMILIES, Trainers, tiny_spec
 
 
@@ -54,6 +59,40 @@ def test_every_family_learns_with_muon(train: Trainers, family: str) -> None:
     done = train(tiny_spec(model=model, optim={"name": "muon", "lr": 0.003}, max_steps=50))
     losses = done.losses()
     assert losses[50] < losses[1] - 1, done.output
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers read from tensors and tensors made of Python's numbers: on a GPU each waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.lift_fresh):
+            self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_waits_for_the_device_only_where_all_ranks_agree(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    monkeypatch.setenv("TRAINMASTER_HOME", str(home))
+    spec = tiny_spec(optim={"name": optimizer, "lr": 0.003})
+    dataset = read_dataset(home / "datasets", spec.data.dataset)
+    assert dataset is not None
+    run = RunDir(tmp_path / "run")
+    dist = Dist(0, 0, 1, torch.device("cpu"))
+    trainer = build(resolve(spec, home / "datasets"), dataset, dist, run, run.claim_attempt(), lambda event: None)
+    trainer._open_batches()
+    trainer.step()  # makes the optimiser's state
+    with Reads() as reads:
+        trainer.step()
+        assert reads.seen == []  # the one list that all ranks agree on is no number, on a CPU
+        float(torch.ones(1))
+    trainer._close_batches()
+    assert len(reads.seen) == 1
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])

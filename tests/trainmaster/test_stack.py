@@ -96,7 +96,7 @@ def test_a_stack_that_ends_while_a_job_runs_leaves_no_process(
     up, client = start_up()
     job_id = client.submit({**TINY, "max_steps": 1_000_000})["id"]
     wait_until(running(client, job_id), 60)
-    assert len(processes_of(home)) > 6  # up, redis, api, agent, slot worker, horse, torchrun, rank
+    assert len(processes_of(home)) > 6  # up, redis, api, agent, slot worker, horse, rank
     up.send_signal(signum)
     up.communicate(timeout=30)
     # killed, it cannot wait for the others; they get the grace period and a little
@@ -133,9 +133,9 @@ def test_a_killed_worker_is_started_again_and_a_trainer_that_hangs_is_killed(sta
     job_id = client.submit({**TINY, "max_steps": 1_000_000})["id"]
     wait_until(running(client, job_id), 60)
     by_module = [(process, process.cmdline()) for process in processes_of(home)]
-    trainers = [p for p, line in by_module if "gptcore.train" in line]  # torchrun and its rank
+    trainers = [p for p, line in by_module if "gptcore.train" in line]
     workers = [p for p, line in by_module if "worker.agent" in line or "worker.tasks" in line]
-    assert len(trainers) == 2 and len(workers) == 3
+    assert len(trainers) == 1 and len(workers) == 3
     (agent,) = [p for p, line in by_module if "worker.agent" in line]
     wait_until(lambda: time.time() - agent.create_time() > RESTART_SECONDS + 2)  # it is told to whole seconds
     for process in trainers:

@@ -22,7 +22,9 @@ from gptcore.rundir import RunDir
 from gptcore.spec import parse_spec
 from tests.conftest import wait_until
 from tests.worker.conftest import Worker, living, node, start, train_spec
-from worker.job import Job, JobError
+from worker import trainer
+from worker.hold import ASK_SECONDS, Hold
+from worker.job import Job, JobError, Ticket
 from worker.keys import KEYS
 from worker.settings import Settings
 from worker.store import Store
@@ -66,6 +68,32 @@ def horse(job_id: str) -> int:
     """The launcher's process: the parent of the trainer."""
     (trainer,) = [p for p in wait_until(lambda: living(job_id)) if "fake_trainer" in " ".join(p.cmdline())]
     return int(trainer.ppid())
+
+
+def test_one_rank_is_started_without_torchrun_and_several_ranks_or_nodes_by_it(settings: Settings) -> None:
+    def command(**resources: int) -> str:
+        ticket, meeting = Ticket(job_id="job-1", attempt=1, node_rank=0, slot="a-0"), trainer.Meeting("127.0.0.1", 1)
+        spec = parse_spec(train_spec(resources=resources))
+        return " ".join(trainer.command(spec, settings, Path("run"), ticket, meeting))
+
+    assert command().endswith("python -u -m gptcore.train run --attempt 1")
+    for several in ({"ranks_per_node": 2}, {"nodes": 2}):
+        assert "-m torch.distributed.run" in command(**several)
+        assert command(**several).endswith("-m gptcore.train run --attempt 1")
+
+
+def test_a_launcher_that_looks_often_asks_redis_seldom(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.register_node(node("a", 1))
+    ticket = start(store, submit(store))
+    hold, asked = Hold(store, ticket, grace_seconds=1.0), []
+    renew = store.renew
+    monkeypatch.setattr(store, "renew", lambda *args: asked.append(args) or renew(*args))
+    began = time.monotonic()
+    while time.monotonic() - began < ASK_SECONDS / 2:
+        assert hold.renew() == ""
+    assert len(asked) == 1
+    store.request_cancel(ticket.job_id)
+    wait_until(lambda: hold.renew() == "cancel", 2 * ASK_SECONDS)
 
 
 def test_a_job_runs_and_the_stream_is_the_file(store: Store, fake: Settings, start_worker: StartWorker) -> None:
