@@ -11,6 +11,7 @@ import torch
 import torch.distributed as c10d
 from torch import Tensor, nn
 
+from gptcore.device import resolve_precision
 from gptcore.dist import Dist
 from gptcore.model import GPT
 from gptcore.spec import OptimSpec
@@ -94,6 +95,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], *, lr: float, momentum: float, dist: Dist, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._dist = dist
+        # bfloat16 suffices, but a CPU that cannot multiply it imitates it, up to 15 times slower
+        self._dtype = torch.bfloat16 if resolve_precision("auto", dist.device) == "bf16" else torch.float32
 
     def owner(self, index: int) -> int:
         """The rank that updates the index-th matrix of its group."""
@@ -117,7 +120,7 @@ class Muon(torch.optim.Optimizer):
         buffers = [self._momentum(p) for p in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         nesterov = torch._foreach_lerp(grads, buffers, momentum)
-        updates = orthogonalise(torch.stack(nesterov)).unbind()
+        updates = orthogonalise(torch.stack(nesterov), self._dtype).unbind()
         rows, columns = parameters[0].shape
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         torch._foreach_add_(parameters, [u.to(p.dtype) for u, p in zip(updates, parameters, strict=True)],
@@ -138,10 +141,10 @@ class Muon(torch.optim.Optimizer):
             work.wait()
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """matrices (N, rows, columns) → about U Vᵀ of each, bfloat16, by five Newton–Schulz steps."""
+def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """matrices (N, rows, columns) → about U Vᵀ of each, in dtype, by five Newton–Schulz steps."""
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT

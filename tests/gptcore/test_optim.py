@@ -73,11 +73,30 @@ def test_muon_takes_the_steps_of_torchs_own() -> None:
         assert (a - b).norm() < 0.01 * (5 * 0.02 * math.sqrt(min(a.shape)))
 
 
-def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_orthogonalised_matrices_have_singular_values_near_one(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for shape in ((3, 48, 16), (2, 16, 48)):
-        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)).float())
+        orthogonal = orthogonalise(torch.randn(shape), dtype)
+        assert orthogonal.dtype == dtype
+        values = torch.linalg.svdvals(orthogonal.float())
         assert 0.6 < values.min() < values.max() < 1.3
+
+
+def test_muon_multiplies_bfloat16_only_where_the_processor_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def noted(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        given.append(dtype)
+        return orthogonalise(matrices, dtype)
+
+    monkeypatch.setattr("gptcore.optim.orthogonalise", noted)
+    for native in (True, False):
+        monkeypatch.setattr("gptcore.device._cpu_has_bf16", lambda native=native: native)
+        matrix = torch.nn.Parameter(torch.randn(4, 4))
+        matrix.grad = torch.randn(4, 4)
+        Muon([matrix], lr=0.02, momentum=0.95, dist=ALONE).step()
+    assert given == [torch.bfloat16, torch.float32]
 
 
 def test_a_muon_step_leaves_nothing_unmoved() -> None:
