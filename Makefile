@@ -3,12 +3,15 @@ COMPOSE ?= docker compose
 TORCH_INDEX ?=
 TORCH_BUILD ?=
 PYTEST_ARGS ?=
+BENCH ?=
+SEEDS ?= 2
+TEXT ?=
 # many tests wait for processes; files stay whole, for what their tests share
 TWO = -n 2 --dist loadfile
 
 export PYTHON TORCH_INDEX TORCH_BUILD
 
-.PHONY: help setup demo up test test-slow test-docker lint format
+.PHONY: help setup demo up test test-slow test-docker bench lint format
 
 help:
 	@echo "make demo         train a small GPT on this machine, end to end"
@@ -16,6 +19,7 @@ help:
 	@echo "make test         the quick tests     make test-slow     the long ones"
 	@echo "make lint         ruff and mypy       make format        let ruff rewrite"
 	@echo "make test-docker  build the containers and run the demo through them"
+	@echo "make bench        how fast this machine trains, beside others (BENCH=--full TEXT=file SEEDS=5)"
 	@echo "make setup        only install, into .venv"
 
 setup: .venv/.installed
@@ -37,6 +41,16 @@ test: setup
 test-slow: setup
 	.venv/bin/python -m pytest -m slow --ignore tests/chaos $(TWO) $(PYTEST_ARGS)
 	.venv/bin/python -m pytest -m slow tests/chaos $(PYTEST_ARGS)
+
+# transformers is here anyway; litgpt's requirements contradict ours, so it comes without them and beside .venv
+.peers/litgpt: benchmarks/peers.txt | setup
+	.venv/bin/python -m pip install -qq --no-deps --upgrade --target .peers -r benchmarks/peers.txt
+	@touch $@
+
+bench: .peers/litgpt
+	.venv/bin/python benchmarks/throughput.py $(BENCH)
+	-.venv/bin/python benchmarks/time_to_loss.py --seeds $(SEEDS) $(if $(TEXT),--text $(TEXT))
+	-.venv/bin/python benchmarks/service_overhead.py
 
 lint: setup
 	.venv/bin/ruff check .
