@@ -140,29 +140,29 @@ def products(spec: ModelSpec) -> list[tuple[int, int, int]]:
 
 
 def machine_rate(spec: ModelSpec, precision: str, onednn: bool) -> Callable[[], None]:
-    """One step's products and nothing else, into memory that is there: forward, and both gradients."""
+    """One step's products and nothing else, each layer's own matrices, into memory that is there: forward, and
+    both gradients."""
     import torch
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     N = B * T
     made = [
-        (count, *(torch.randn(shape).to(dtype) for shape in ((N, C), (O, C), (N, O), (N, O), (N, C), (O, C))))
+        [torch.randn(shape).to(dtype) for shape in ((N, C), (O, C), (N, O), (N, O), (N, C), (O, C))]
         for C, O, count in products(spec)  # noqa: E741
+        for _ in range(count)
     ]
 
     def with_torch() -> None:
-        for count, x, w, g, y, gx, gw in made:
-            for _ in range(count):
-                torch.mm(x, w.t(), out=y)
-                torch.mm(g, w, out=gx)
-                torch.mm(g.t(), x, out=gw)
+        for x, w, g, y, gx, gw in made:
+            torch.mm(x, w.t(), out=y)
+            torch.mm(g, w, out=gx)
+            torch.mm(g.t(), x, out=gw)
 
     def with_onednn() -> None:
-        for count, x, w, g, *_ in made:
-            for _ in range(count):
-                torch.ops.gptcore.product(x, w, None)
-                torch.ops.gptcore.product(g, w.t(), None)
-                torch.ops.gptcore.product(g.t(), x.t(), None)
+        for x, w, g, *_ in made:
+            torch.ops.gptcore.product(x, w, None)
+            torch.ops.gptcore.product(g, w.t(), None)
+            torch.ops.gptcore.product(g.t(), x.t(), None)
 
     if onednn:
         import gptcore.kernels  # noqa: F401
