@@ -107,8 +107,7 @@ def submit(
     response: Response,
     services: With,
     idempotency_key: Annotated[
-        str | None,
-        Header(min_length=1, max_length=200, description="same key, same body: the same job, for 24 h"),
+        str | None, Header(min_length=1, max_length=200, description="same key, same body: the same job, for 24 h")
     ] = None,
 ) -> Job:
     """Check a job spec and queue it: a whole one, or another job's with `overrides`."""

@@ -28,11 +28,7 @@ VOCAB_TABLES = ("wte.weight", "lm_head.weight")
 
 
 def export_model(
-    folder: Path,
-    spec: ModelSpec,
-    weights: dict[str, Tensor],
-    tokenizer: str,
-    dtype: torch.dtype = torch.float32,
+    folder: Path, spec: ModelSpec, weights: dict[str, Tensor], tokenizer: str, dtype: torch.dtype = torch.float32
 ) -> str:
     """Write the folder whole (beside it first, then renamed); returns the native class's name."""
     name, reason = native_class(spec)
