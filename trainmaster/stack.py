@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import httpx2
@@ -22,6 +21,7 @@ from trainmaster.part import Part, PartFailed
 from trainmaster.redis_server import RedisServer
 from trainmaster.serve import listen
 from worker.place import agent_lock
+from worker.processes import kill
 from worker.settings import Settings
 
 START_SECONDS = 60.0
@@ -71,9 +71,7 @@ class Stack:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
@@ -118,9 +116,7 @@ class Stack:
                 part.stop()
         finally:
             left = psutil.Process().children(recursive=True)
-            for process in left:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            kill(*left)
             psutil.wait_procs(left, timeout=5)
             self._parts.clear()
 

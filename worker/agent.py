@@ -7,7 +7,6 @@ none; the next agent of the node takes over the workers that it finds.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import platform
@@ -20,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from gptcore.locks import is_held
+from gptcore.locks import is_held, take
 from worker import tasks
 from worker.doorbell import Doorbell
 from worker.hardware import find_slots
@@ -212,13 +211,12 @@ def main(settings: Settings | None = None) -> int:
     settings = settings or Settings.from_environment()
     settings.runs.mkdir(parents=True, exist_ok=True)
     with agent_lock(settings).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            agent = Agent(settings)
-        except BlockingIOError:
+        if not take(lock.fileno()):
             way_out = "stop it, or set another TRAINMASTER_NODE or TRAINMASTER_HOME"
             log.error("another worker runs on %s as node %s; %s", settings.home, node_id(settings), way_out)
             return 1
+        try:
+            agent = Agent(settings)
         except ValueError as error:
             log.error("%s", error)
             return 1
