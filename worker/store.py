@@ -15,16 +15,7 @@ from gptcore.plan import Hardware, Plan
 from gptcore.spec import AnySpec
 from worker.connection import connect_redis
 from worker.doorbell import Doorbell
-from worker.job import (
-    Job,
-    JobError,
-    JobPage,
-    Node,
-    Status,
-    StatusChange,
-    Ticket,
-    new_job_id,
-)
+from worker.job import Job, JobError, JobPage, Node, Status, StatusChange, Ticket, new_job_id
 from worker.keys import KEYS, script
 from worker.record import changes_of, flat, job_of, new_record
 
@@ -116,13 +107,9 @@ class Store:
                 record["fields"] += ["follows", made[-1]["id"]] if made[1:] else []
                 made.append(record)
             outcome, job_id = self._run("create", idempotency_key or "", body_sha256, *map(json.dumps, made))
-            if outcome == "conflict":
+            if why := {"conflict": " with another body", "deleted": ", which was deleted"}.get(outcome):
                 raise IdempotencyConflict(
-                    f"Idempotency-Key {idempotency_key!r} was used for {job_id} with another body; use a new key"
-                )
-            if outcome == "deleted":
-                raise IdempotencyConflict(
-                    f"Idempotency-Key {idempotency_key!r} was used for {job_id}, which was deleted; use a new key"
+                    f"Idempotency-Key {idempotency_key!r} was used for {job_id}{why}; use a new key"
                 )
             if outcome != "taken":
                 return self.get_job(job_id), outcome == "created"
