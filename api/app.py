@@ -45,8 +45,8 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
 
     `open_without_keys`: whether it may serve anyone while there is no key, as on loopback.
     """
-    store, keys = Store.connect(settings.redis_url), KeyRing.connect(settings.redis_url)
-    counting = Counting.connect(settings.redis_url)
+    store, keys = Store(settings.redis_url), KeyRing(settings.redis_url)
+    counting = Counting(settings.redis_url)
     monitor = Monitor(counting)
     hub = Hub(store, settings.runs, monitor.stream_lag_seconds.observe)
     hosts = filter(None, [urlsplit(settings.url).hostname])

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from urllib.parse import urlsplit
 
-import redis
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -19,10 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import Refusal, refusal_of
 from worker import keyring
+from worker.connection import AWAY
 from worker.keyring import KeyRing
 
 MAX_BODY_BYTES = 1 << 20
-REDIS_AWAY = (redis.ConnectionError, redis.TimeoutError)
 # the page asks for a key itself, and its parts, the schema and the two checks tell nothing of any run
 FOR_EVERYONE = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico")
 
@@ -62,14 +61,14 @@ class Guard:
             headers = Headers(scope=scope)
             self._check(headers)
             who = await run_in_threadpool(self._holder, headers, needed_scope(scope["method"], scope["path"]))
-        except (Refusal, *REDIS_AWAY) as error:
+        except (Refusal, *AWAY) as error:
             return await refusal_of(Request(scope), error).response()(scope, receive, send)
         scope.setdefault("state", {})["who"] = who
         try:
             await self._app(scope, receive, noting_status)
         finally:
             if scope["method"] not in ("GET", "HEAD"):
-                with suppress(*REDIS_AWAY):
+                with suppress(*AWAY):
                     what = f"{scope['method']} {scope['path'][:200]}"
                     await run_in_threadpool(self._keys.record, who, what, str(status or 500))
         return None

@@ -78,8 +78,8 @@ class _Jobs(Collector):
         for name in ("tokens_per_second", "mfu", "train_loss", "recovery_seconds"):
             family = GaugeMetricFamily(f"trainmaster_job_{name}", "Of each running job, the newest", labels=["job"])
             for job_id, job in found.running.items():
-                if (value := getattr(job, name)) is not None:
-                    family.add_metric([job_id], value)
+                if name in job:
+                    family.add_metric([job_id], job[name])
             yield family
 
 

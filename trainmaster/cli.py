@@ -74,7 +74,7 @@ def api(
 
         redis_url = _settings().redis_url
         if first_key:
-            KeyRing.connect(redis_url).create_first(first_key)
+            KeyRing(redis_url).create_first(first_key)
         serve(listen(host, port, redis_url))
     elif first_key:
         raise Mistake("--first-key goes with TRAINMASTER_REDIS_URL; use trainmaster keys create")
@@ -220,7 +220,7 @@ def _keyring() -> Iterator[KeyRing]:
     from worker.keyring import KeyRing
 
     with Stack(_settings(), own_redis=not _redis_is_given(), api=False, worker=False) as stack:
-        ring = KeyRing.connect(stack.redis_url)
+        ring = KeyRing(stack.redis_url)
         yield ring
         ring.close()
 
@@ -361,7 +361,7 @@ def _say_where(stack: Stack, home: Path) -> None:
 
     if stack.url:
         console.print(f"trainmaster is up at [link]{stack.url}[/link]  (API and page; Ctrl-C stops it)")
-        if KeyRing.connect(stack.redis_url).is_empty():
+        if KeyRing(stack.redis_url).is_empty():
             console.print("there is no API key: only this machine can reach it (trainmaster keys create)")
     console.print(f"runs, datasets, Redis and logs are in {home}", markup=False, soft_wrap=True)
 

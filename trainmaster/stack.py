@@ -20,6 +20,7 @@ from gptcore.procs import adopt_orphans
 from trainmaster.part import Part, PartFailed
 from trainmaster.redis_server import RedisServer
 from trainmaster.serve import listen
+from worker.connection import AWAY
 from worker.place import agent_lock
 from worker.processes import kill
 from worker.settings import Settings
@@ -141,7 +142,7 @@ class Stack:
         try:
             with redis.Redis.from_url(url, retry=None, socket_timeout=1) as client:
                 client.ping()
-        except (redis.ConnectionError, redis.TimeoutError):  # not there yet, or still loading its file
+        except AWAY:  # not there yet, or still loading its file
             return False
         self._settings = replace(self._settings, redis_url=url)
         return True

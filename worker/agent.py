@@ -21,9 +21,9 @@ import psutil
 
 from gptcore.locks import is_held, take
 from worker import tasks
+from worker.connection import AWAY
 from worker.doorbell import Doorbell
 from worker.hardware import find_slots
-from worker.hold import AWAY
 from worker.job import Node, Slot
 from worker.place import agent_lock, node_id, runs_root_id, slot_lock
 from worker.processes import kill
@@ -46,7 +46,7 @@ class Agent:
         """Raises ValueError where the settings do not fit the machine."""
         node = node_id(settings)
         self._settings = settings
-        self._store = Store.connect(settings.redis_url)
+        self._store = Store(settings.redis_url)
         self._rq = tasks.connect(settings)
         self._node = Node(
             id=node,

@@ -20,8 +20,9 @@ from gptcore.locks import shared, take
 from gptcore.rundir import RunDir, write_atomically
 from gptcore.spec import AnySpec, PublishSpec, SpecError, parse_spec, read_spec
 from worker import processes, trainer
+from worker.connection import AWAY
 from worker.hardware import GpuMemory
-from worker.hold import AWAY, TICK_SECONDS, Hold, draining, log, patiently
+from worker.hold import TICK_SECONDS, Hold, draining, log, patiently
 from worker.job import JobError, Status, Ticket
 from worker.member import BROKEN_SECONDS, Member
 from worker.place import node_address, runs_root_id, slot_lock
@@ -36,7 +37,7 @@ LOG_LINES = 40  # the last of a failed trainer's, in the job's error
 def run(job_id: str, attempt: int, node_rank: int, slot: str) -> None:
     """The one function that a ticket may call. Does nothing where the ticket is no longer good."""
     settings = Settings.from_environment()
-    store = Store.connect(settings.redis_url, socket_timeout=2.0)
+    store = Store(settings.redis_url, socket_timeout=2.0)
     ticket = Ticket(job_id=job_id, attempt=attempt, node_rank=node_rank, slot=slot)
     # for the agent, which ends launchers that hang
     slot_lock(settings, slot).with_suffix(".ticket").write_text(f"{job_id} {attempt}")

@@ -31,7 +31,8 @@ from rq.serializers import JSONSerializer
 from gptcore.locks import exclusive, is_held
 from gptcore.procs import die_with_parent
 from worker import launch
-from worker.hold import AWAY, TICK_SECONDS, draining
+from worker.connection import AWAY
+from worker.hold import TICK_SECONDS, draining
 from worker.job import JobError, Slot, Ticket
 from worker.place import agent_lock, slot_lock
 from worker.processes import SLOT, kill, living
@@ -108,7 +109,7 @@ class SlotWorker(Worker):
         """The launcher is dead: say so once nothing of its attempt lives, instead of when its lease runs out."""
         ticket, settings = Ticket.model_validate(_named(job.args)), Settings.from_environment()
         message = f"its launcher was killed (wait status {ret_val})"
-        store = Store.connect(settings.redis_url)
+        store = Store(settings.redis_url)
 
         def hold() -> None:
             with suppress(*AWAY, Superseded):
