@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
-from gptcore.spec import JobSpec, ModelSpec, Problem, SpecError, parse_spec
+from gptcore.spec import JobSpec, ModelSpec, Problem, SpecError, parse_spec, refusal
 from worker.store import JobNotFound, Store
 
 
@@ -56,7 +56,7 @@ def spec_of(submission: JobSpec | Repeat, store: Store) -> JobSpec:
         spec = dict(store.get_job(submission.source).spec)
     except JobNotFound:
         message = f"from {submission.source!r} is no job; GET /jobs lists them"
-        raise SpecError([Problem(pointer="/from", message=message)]) from None
+        raise refusal("/from", message) from None
     changed = submission.overrides
     if "model" in spec:
         model, data = changed.get("model"), changed.get("data")

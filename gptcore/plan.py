@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gptcore.dataset import VOCAB_SIZES, tokenizer_of
 from gptcore.native import native_class
-from gptcore.spec import ModelSpec, Problem, SpecError, TrainSpec
+from gptcore.spec import ModelSpec, Problem, SpecError, TrainSpec, refusal
 
 # dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name found in the device's wins
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -98,7 +98,7 @@ def resolve(spec: TrainSpec, datasets: Path) -> TrainSpec:
             f"vocab_size {vocab_size} is too small: dataset {spec.data.dataset} uses the tokenizer "
             f"{tokenizer} of {needed} tokens; set {needed} or leave vocab_size out"
         )
-        raise SpecError([Problem(pointer="/model/vocab_size", message=message)])
+        raise refusal("/model/vocab_size", message)
     model = spec.model.model_copy(update={"vocab_size": vocab_size})
     return spec.model_copy(update={"model": model})
 
@@ -173,7 +173,7 @@ def plan(spec: TrainSpec, hardware: Hardware) -> Plan:
             f"{hardware.device_name} has {hardware.memory_bytes / 2**30:.1f} GiB; "
             f'use a smaller micro_batch_size or "auto", block_size, or model'
         )
-        raise SpecError([Problem(pointer="/micro_batch_size", message=message)])
+        raise refusal("/micro_batch_size", message)
     return planned
 
 

@@ -35,7 +35,7 @@ from gptcore.preflight import preflight
 from gptcore.prepare import prepare_builtin
 from gptcore.procs import die_with_parent
 from gptcore.rundir import Attempt, RunDir, datasets_root, runs_root, write_atomically
-from gptcore.spec import Problem, SpecError, TrainSpec, read_spec
+from gptcore.spec import SpecError, TrainSpec, read_spec, refusal
 from gptcore.train import Trainer
 
 PREPARING_SECONDS = 24 * 3600.0
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         spec = read_spec(arguments.spec or RunDir(arguments.run_dir).spec)
         if not isinstance(spec, TrainSpec):
-            raise SpecError([Problem(pointer="/kind", message=f"{spec.kind} is no job for the trainer; use train")])
+            raise refusal("/kind", f"{spec.kind} is no job for the trainer; use train")
         if arguments.spec is not None:
             spec = resolve(spec, datasets_root())
     except SpecError as error:
@@ -158,7 +158,7 @@ def _hellaswag_items() -> list[Item]:
     try:
         return load_items(datasets_root(), "validation")
     except FileNotFoundError as error:
-        raise SpecError([Problem(pointer="/evaluate/hellaswag", message=str(error))]) from error
+        raise refusal("/evaluate/hellaswag", str(error)) from error
 
 
 def _dataset(spec: TrainSpec, rank: int, report: Report) -> Dataset:
@@ -186,7 +186,7 @@ def _need_windows(spec: TrainSpec, dataset: Dataset, train: Windows, val: Window
                 f"block_size {spec.model.block_size} is longer than any shard of dataset "
                 f"{dataset.name}'s {split} split ({tokens} tokens); use a smaller block_size or more text"
             )
-            raise SpecError([Problem(pointer="/model/block_size", message=message)])
+            raise refusal("/model/block_size", message)
 
 
 def _on_these_ranks(spec: TrainSpec, dist: Dist) -> TrainSpec:

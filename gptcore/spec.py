@@ -54,6 +54,11 @@ class SpecError(ValueError):
         super().__init__("; ".join(f"{p.pointer or '/'}: {p.message}" for p in problems))
 
 
+def refusal(pointer: str, message: str) -> SpecError:
+    """One thing wrong, to be raised."""
+    return SpecError([Problem(pointer=pointer, message=message)])
+
+
 def _known_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
     for task in tasks:
         if not re.fullmatch(TASK, task):
@@ -385,7 +390,7 @@ def read_spec(path: Path) -> AnySpec:
     try:
         data = json.loads(path.read_text())
     except ValueError as error:
-        raise SpecError([Problem(pointer="", message=f"{path} is not JSON: {error}")]) from error
+        raise refusal("", f"{path} is not JSON: {error}") from error
     return parse_spec(data)
 
 
