@@ -28,17 +28,12 @@ class Repeat(BaseModel):
 EXAMPLES: dict[str, Any] = {
     "a small run": {
         "value": {
-            "kind": "train",
-            "name": "tiny",
-            "model": {"preset": "llama-tiny", "block_size": 256},
-            "data": {"dataset": "python-stdlib"},
-            "optim": {"lr": 0.003},
-            "max_steps": 300,
-            "tokens_per_step": 8192,
+            "kind": "train", "name": "tiny", "model": {"preset": "llama-tiny", "block_size": 256},
+            "data": {"dataset": "python-stdlib"}, "optim": {"lr": 0.003}, "max_steps": 300, "tokens_per_step": 8192,
         }
     },
     "another, with changes": {"value": {"from": "job-t42p5pft0dsr", "overrides": {"max_steps": 600}}},
-}
+}  # fmt: skip
 
 
 def _which(body: object) -> str:

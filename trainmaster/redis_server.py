@@ -16,6 +16,7 @@ import socket
 from pathlib import Path
 
 from gptcore.locks import take
+from trainmaster.mistake import Mistake
 from trainmaster.part import Part
 
 CONFIGURATION = """\
@@ -33,7 +34,7 @@ maxmemory-policy noeviction
 """
 
 
-class NoRedis(Exception):
+class NoRedis(Mistake):
     """There is no Redis server to start; the message says what to install."""
 
 

@@ -6,12 +6,14 @@ import ipaddress
 import socket
 import sys
 
+from trainmaster.mistake import Mistake
 
-class AddressTaken(Exception):
+
+class AddressTaken(Mistake):
     """The API cannot listen there."""
 
 
-class KeyNeeded(Exception):
+class KeyNeeded(Mistake):
     """Others can reach that address, and no key says who may."""
 
 
