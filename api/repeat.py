@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
+from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
 from gptcore.spec import JobSpec, ModelSpec, Problem, SpecError, parse_spec, refusal
 from worker.store import JobNotFound, Store
 
 
-class Repeat(BaseModel):
+class Repeat(BaseModel, extra="forbid", frozen=True):
     """Another job's spec with changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(alias="from", description="a job's id")
     overrides: dict[str, JsonValue] = Field(

@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from gptcore.presets import closest
 from gptcore.spec import refusal
@@ -37,27 +37,21 @@ FINEWEB = {
 }
 
 
-class Shard(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
+class Shard(BaseModel, frozen=True):
     file: str
     tokens: int
     sha256: str
 
 
-class Split(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
+class Split(BaseModel, frozen=True):
     tokens: int
     bytes: int  # of text, for bits per byte
     documents: int
     shards: list[Shard]
 
 
-class Dataset(BaseModel):
+class Dataset(BaseModel, frozen=True):
     """`dataset.json`."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     tokenizer: Tokenizer

@@ -79,13 +79,10 @@ def write_tokenizer(folder: Path, tokenizer: str, block_size: int) -> None:
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([AddedToken(EOT_TEXT, special=True)])
     config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": block_size,
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
-        "bos_token": EOT_TEXT,
-        "eos_token": EOT_TEXT,
-        "unk_token": EOT_TEXT,
-    }
+        "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT,
+    }  # fmt: skip
     if tokenizer == "gpt2":
         config |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
     fast.save(str(folder / "tokenizer.json"))

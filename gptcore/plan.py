@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from gptcore.dataset import VOCAB_SIZES, tokenizer_of
 from gptcore.native import native_class
@@ -23,10 +23,8 @@ CPU_MICRO_BATCH_TOKENS = 8192
 GPU_MICRO_BATCH_TOKENS = 65_536
 
 
-class Hardware(BaseModel):
+class Hardware(BaseModel, frozen=True):
     """What one slot of a node offers."""
-
-    model_config = ConfigDict(frozen=True)
 
     device: Literal["cpu", "cuda"] = "cpu"
     device_name: str = "cpu"
@@ -34,10 +32,8 @@ class Hardware(BaseModel):
     memory_bytes: int | None = None  # of one GPU, or of the machine; null: unknown
 
 
-class Parameters(BaseModel):
+class Parameters(BaseModel, frozen=True):
     """Parameter counts. `exported` has no vocabulary padding; `matmul` is what FLOPs are spent on."""
-
-    model_config = ConfigDict(frozen=True)
 
     exported: int
     trained: int
@@ -62,10 +58,8 @@ class Estimate(BaseModel):
     past_plans_off: float | None  # the median of their real over their estimated seconds, minus 1
 
 
-class Plan(BaseModel):
+class Plan(BaseModel, frozen=True):
     """What a train spec comes to on given hardware."""
-
-    model_config = ConfigDict(frozen=True)
 
     device: Literal["cpu", "cuda"]
     world_size: int
@@ -148,25 +142,15 @@ def plan(spec: TrainSpec, hardware: Hardware) -> Plan:
     total_tokens = spec.max_steps * spec.tokens_per_step
     peak = peak_memory_bytes(spec, micro_batch_size)
     planned = Plan(
-        device=hardware.device,
-        world_size=world_size,
-        micro_batch_size=micro_batch_size,
+        device=hardware.device, world_size=world_size, micro_batch_size=micro_batch_size,
         grad_accum_steps=spec.tokens_per_step // (micro_batch_size * model.block_size * world_size),
-        tokens_per_step=spec.tokens_per_step,
-        total_steps=spec.max_steps,
-        total_tokens=total_tokens,
-        parameters=counts.exported,
-        parameters_trained=counts.trained,
-        matmul_parameters=counts.matmul,
-        flops_per_token=flops,
-        flops_per_token_causal=flops_per_token(model, counts.matmul, causal=True),
+        tokens_per_step=spec.tokens_per_step, total_steps=spec.max_steps, total_tokens=total_tokens,
+        parameters=counts.exported, parameters_trained=counts.trained, matmul_parameters=counts.matmul,
+        flops_per_token=flops, flops_per_token_causal=flops_per_token(model, counts.matmul, causal=True),
         total_flops=float(flops) * total_tokens,
-        checkpoint_bytes=_checkpoint_bytes(spec, counts),
-        peak_memory_bytes=peak,
-        native_class=name,
-        not_exportable_because=reason,
-        warnings=_warnings(spec, reason),
-    )
+        checkpoint_bytes=_checkpoint_bytes(spec, counts), peak_memory_bytes=peak,
+        native_class=name, not_exportable_because=reason, warnings=_warnings(spec, reason),
+    )  # fmt: skip
     if hardware.memory_bytes is not None and peak > hardware.memory_bytes:
         message = (
             f"micro_batch_size {micro_batch_size} needs about {peak / 2**30:.1f} GiB a rank; "

@@ -212,21 +212,13 @@ def _started(
     spec: TrainSpec, dataset: Dataset, planned: Plan, dist: Dist, device_name: str, precision: str, compiled: bool
 ) -> Started:
     return Started(
-        kind=spec.kind,
-        device=dist.device.type,
-        device_name=device_name,
-        world_size=dist.world_size,
-        threads=torch.get_num_threads(),
-        precision=precision,
-        compiled=compiled,
-        micro_batch_size=planned.micro_batch_size,
-        grad_accum_steps=planned.grad_accum_steps,
-        parameters=planned.parameters,
-        total_steps=planned.total_steps,
-        tokens_per_step=planned.tokens_per_step,
+        kind=spec.kind, device=dist.device.type, device_name=device_name, world_size=dist.world_size,
+        threads=torch.get_num_threads(), precision=precision, compiled=compiled,
+        micro_batch_size=planned.micro_batch_size, grad_accum_steps=planned.grad_accum_steps,
+        parameters=planned.parameters, total_steps=planned.total_steps, tokens_per_step=planned.tokens_per_step,
         versions={"python": platform.python_version(), "torch": torch.__version__, "trainmaster": _version()},
         dataset_sha256=dataset.sha256,
-    )
+    )  # fmt: skip
 
 
 def _version() -> str:

@@ -28,10 +28,8 @@ _PART = "[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 REPO = rf"^(?!.*(--|\.\.|\.git$)){_PART}/{_PART}$"
 
 
-class Problem(BaseModel):
+class Problem(BaseModel, frozen=True):
     """One thing wrong with a spec. `pointer` is a JSON pointer (RFC 6901) into the request body."""
-
-    model_config = ConfigDict(frozen=True)
 
     pointer: str
     message: str

@@ -159,12 +159,9 @@ class Stack:
         """Start the home's worker unless we run it, or another stack or `trainmaster worker` does."""
         if not self._wanted_worker or self._runs("worker") or is_held(agent_lock(self._settings)):
             return
-        self._start(
-            "worker",
-            [sys.executable, "-m", "worker.agent"],
-            death_signal=signal.SIGTERM,  # its jobs are to write checkpoints
-            stop_seconds=self._settings.grace_seconds + STOP_MARGIN_SECONDS,
-        )
+        command, patience = [sys.executable, "-m", "worker.agent"], self._settings.grace_seconds + STOP_MARGIN_SECONDS
+        # on its death signal its jobs write checkpoints
+        self._start("worker", command, death_signal=signal.SIGTERM, stop_seconds=patience)
 
     def _runs(self, name: str) -> bool:
         return any(part.name == name for part in self._parts)

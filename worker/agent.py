@@ -26,7 +26,7 @@ from worker.doorbell import Doorbell
 from worker.hardware import find_slots
 from worker.job import Node, Slot
 from worker.place import agent_lock, node_id, runs_root_id, slot_lock
-from worker.processes import kill
+from worker.processes import kill, lives
 from worker.settings import Settings
 from worker.shipper import ship_rest
 from worker.store import Store
@@ -134,7 +134,7 @@ class Agent:
     def _keep_workers(self) -> None:
         for slot in self._node.slots:
             worker = self._workers.get(slot.id)
-            if worker is not None and _lives(worker):
+            if worker is not None and lives(worker):
                 continue
             if time.monotonic() - self._started_at.get(slot.id, float("-inf")) < RESTART_SECONDS:
                 continue
@@ -178,7 +178,7 @@ class Agent:
             self._store.retire_node(self._node.id)
         except AWAY as error:
             log.warning("Redis is away: %s", error)
-        workers = [worker for worker in self._workers.values() if _lives(worker)]
+        workers = [worker for worker in self._workers.values() if lives(worker)]
         families = [*workers, *(child for worker in workers for child in worker.children(recursive=True))]
         for worker in workers:
             worker.terminate()
@@ -188,13 +188,6 @@ class Agent:
         kill(*late, *psutil.wait_procs(families, timeout=1)[1])
         self._store.close()
         self._rq.close()
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -27,12 +27,9 @@ async def follow_events(
     events_key = KEYS["events"] + job_id
     cursors = {events_key: after.partition(".")[0], KEYS["changes"] + job_id: "0-0"}
     client = redis.asyncio.Redis.from_url(
-        url,
-        decode_responses=True,
+        url, decode_responses=True, retry=Retry(NoBackoff(), 0), socket_timeout=quiet_seconds + 10,
         protocol=2,  # pairs of stream and entries; RESP3 nests them
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=quiet_seconds + 10,
-    )
+    )  # fmt: skip
     async with _closed_after(client):
         if not await client.exists(KEYS["job"] + job_id):
             raise JobNotFound(job_id)

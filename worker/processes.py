@@ -98,9 +98,16 @@ def read_signature(path: Path) -> psutil.Process | None:
     if boot == _boot_id() and pid.isdecimal():
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(int(pid))
-            if str(process.create_time()) == created and process.status() != psutil.STATUS_ZOMBIE:
+            if str(process.create_time()) == created and lives(process):
                 return process
     return None
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _boot_id() -> str:
