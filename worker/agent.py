@@ -49,12 +49,9 @@ class Agent:
         self._store = Store(settings.redis_url)
         self._rq = tasks.connect(settings)
         self._node = Node(
-            id=node,
-            pool=settings.pool,
-            slots=find_slots(settings, node),
+            id=node, pool=settings.pool, slots=find_slots(settings, node), runs_root=runs_root_id(settings),
             versions={"python": platform.python_version(), **_versions("trainmaster", "torch", "transformers")},
-            runs_root=runs_root_id(settings),
-        )
+        )  # fmt: skip
         self._workers: dict[str, psutil.Process] = {}
         self._started_at: dict[str, float] = {}
         self._hung_since: dict[str, float] = {}

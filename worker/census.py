@@ -45,11 +45,8 @@ class Counting(Connected):
 
 
 def _last_loss(newest_first: list[Any]) -> float | None:
-    for _, fields in newest_first:
-        event = json.loads(fields["event"])
-        if event["type"] == "step":
-            return float(event["train_loss"])
-    return None
+    events = (json.loads(fields["event"]) for _, fields in newest_first)
+    return next((float(event["train_loss"]) for event in events if event["type"] == "step"), None)
 
 
 def _last_recovery(changes: list[Any]) -> float | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import redis.asyncio
@@ -30,7 +29,7 @@ async def follow_events(
         url, decode_responses=True, retry=Retry(NoBackoff(), 0), socket_timeout=quiet_seconds + 10,
         protocol=2,  # pairs of stream and entries; RESP3 nests them
     )  # fmt: skip
-    async with _closed_after(client):
+    try:
         if not await client.exists(KEYS["job"] + job_id):
             raise JobNotFound(job_id)
         ended = False
@@ -61,12 +60,6 @@ async def follow_events(
                 if ended or not await client.exists(KEYS["job"] + job_id):
                     return
                 yield None
-
-
-@asynccontextmanager
-async def _closed_after(client: redis.asyncio.Redis) -> AsyncIterator[None]:
-    try:
-        yield
     finally:
         # whoever stops following cancels every await in here; the connection is to be closed all the same
         await asyncio.shield(client.aclose())
