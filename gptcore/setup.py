@@ -134,24 +134,13 @@ def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: A
     forward, replica = wrap(model, compiled, dist)
     report(_started(spec, dataset, planned, dist, hardware.device_name, precision, compiled))
     return Trainer(
-        spec=spec,
-        planned=planned,
-        dist=dist,
-        run=run,
-        attempt=attempt,
-        report=report,
-        model=model,
-        forward=forward,
-        replica=replica,
-        compiled=compiled,
-        precision=precision,
+        spec=spec, planned=planned, dist=dist, run=run, attempt=attempt, report=report,
+        model=model, forward=forward, replica=replica, compiled=compiled, precision=precision,
         optimizers=build_optimizers(model, spec.optim, dist),
-        dataset=dataset,
-        train_windows=Sequence(train_windows, spec.seed),
-        val=val,
+        dataset=dataset, train_windows=Sequence(train_windows, spec.seed), val=val,
         peak_flops=peak_flops(hardware.device_name),
         hellaswag_items=_hellaswag_items() if spec.evaluate.hellaswag else [],
-    )
+    )  # fmt: skip
 
 
 def _hellaswag_items() -> list[Item]:
