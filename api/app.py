@@ -45,8 +45,8 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
 
     `open_without_keys`: whether it may serve anyone while there is no key, as on loopback.
     """
-    store, keys = Store.connect(settings.redis_url), KeyRing.connect(settings.redis_url)
-    counting = Counting.connect(settings.redis_url)
+    store, keys = Store(settings.redis_url), KeyRing(settings.redis_url)
+    counting = Counting(settings.redis_url)
     monitor = Monitor(counting)
     hub = Hub(store, settings.runs, monitor.stream_lag_seconds.observe)
     hosts = filter(None, [urlsplit(settings.url).hostname])
@@ -59,17 +59,13 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
         counting.close()
 
     app = Application(
-        title="Trainmaster",
-        version=version("trainmaster"),
-        summary="Pretrains GPTs on machines you own.",
-        lifespan=lifespan,
-        exception_handlers=problems.HANDLERS,
+        title="Trainmaster", version=version("trainmaster"), summary="Pretrains GPTs on machines you own.",
+        lifespan=lifespan, exception_handlers=problems.HANDLERS, redoc_url=None,
         middleware=[
             Middleware(Observed, monitor=monitor),
             Middleware(Guard, hosts=list(hosts), keys=keys, open_without_keys=open_without_keys),
         ],
-        redoc_url=None,
-    )
+    )  # fmt: skip
     app.state.services = Services(settings, store, keys, hub, monitor, RunCache(settings.runs))
     app.include_router(files.router)
     app.include_router(compare.router)

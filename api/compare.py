@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from api.problems import Refusal
 from api.routes import PROBLEMS, With
@@ -19,9 +19,7 @@ MOST_JOBS = 20
 Axis = Literal["step", "tokens", "seconds"]
 
 
-class AlignedPoints(BaseModel):
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
+class AlignedPoints(BaseModel, ser_json_inf_nan="strings"):
     x: list[float] = Field(description="steps, tokens seen, or seconds spent in steps")
     value: list[float]
 

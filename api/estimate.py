@@ -49,13 +49,11 @@ def estimate(spec: TrainSpec, plan: Plan, hardware: Hardware, settings: Settings
     price = settings.price_per_gpu_hour * gpus / 3600
     known = [one.off for one in past if one.off is not None]
     return Estimate(
-        tokens_per_second=Range(low=slow, expected=expected, high=fast),
-        seconds=seconds,
+        tokens_per_second=Range(low=slow, expected=expected, high=fast), seconds=seconds,
         cost=Range(**{name: price * value for name, value in seconds}) if price else None,
-        basis="past_runs" if past else "hardware",
-        past_runs=len(past),
+        basis="past_runs" if past else "hardware", past_runs=len(past),
         past_plans_off=statistics.median(known) if known else None,
-    )
+    )  # fmt: skip
 
 
 def _from_runs(past: Sequence[Past]) -> tuple[Sequence[float], Sequence[float]]:

@@ -39,15 +39,12 @@ def checkpoints(job_id: str, services: With) -> list[CheckpointSummary]:
     val_losses = dict(zip(points.step, points.value, strict=True))
     return [
         CheckpointSummary(
-            step=step,
-            attempt=attempt,
-            path=f"checkpoints/{path.name}",
+            step=step, attempt=attempt, path=f"checkpoints/{path.name}",
             bytes=sum(file.stat().st_size for file in path.iterdir()),
-            val_loss=val_losses.get(step),
-            best=best is not None and step == best.step,
+            val_loss=val_losses.get(step), best=best is not None and step == best.step,
         )
         for path, step, attempt in RunDir(services.settings.runs / job_id).complete_checkpoints()
-    ]
+    ]  # fmt: skip
 
 
 @router.get("/jobs/{job_id}/samples")

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from urllib.parse import urlsplit
 
-import redis
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -19,10 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import Refusal, refusal_of
 from worker import keyring
+from worker.connection import AWAY
 from worker.keyring import KeyRing
 
 MAX_BODY_BYTES = 1 << 20
-REDIS_AWAY = (redis.ConnectionError, redis.TimeoutError)
+HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY"}
 # the page asks for a key itself, and its parts, the schema and the two checks tell nothing of any run
 FOR_EVERYONE = ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/favicon.ico")
 
@@ -51,25 +51,27 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        status, send = 0, _with_headers(send)
+        status = 0
 
-        async def noting_status(message: Message) -> None:
+        async def noting(message: Message) -> None:
             nonlocal status
-            status = message.get("status", status)
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
         try:
             headers = Headers(scope=scope)
             self._check(headers)
             who = await run_in_threadpool(self._holder, headers, needed_scope(scope["method"], scope["path"]))
-        except (Refusal, *REDIS_AWAY) as error:
-            return await refusal_of(Request(scope), error).response()(scope, receive, send)
+        except (Refusal, *AWAY) as error:
+            return await refusal_of(Request(scope), error).response()(scope, receive, noting)
         scope.setdefault("state", {})["who"] = who
         try:
-            await self._app(scope, receive, noting_status)
+            await self._app(scope, receive, noting)
         finally:
             if scope["method"] not in ("GET", "HEAD"):
-                with suppress(*REDIS_AWAY):
+                with suppress(*AWAY):
                     what = f"{scope['method']} {scope['path'][:200]}"
                     await run_in_threadpool(self._keys.record, who, what, str(status or 500))
         return None
@@ -115,14 +117,3 @@ class Guard:
             return name in self._hosts or ipaddress.ip_address(name).is_loopback
         except ValueError:
             return False
-
-
-def _with_headers(send: Send) -> Send:
-    async def send_with_headers(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            headers["X-Content-Type-Options"] = "nosniff"
-            headers["X-Frame-Options"] = "DENY"
-        await send(message)
-
-    return send_with_headers

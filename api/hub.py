@@ -16,11 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-import redis
 from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 
 from api.history import read_history
+from worker.connection import AWAY
 from worker.follow import follow_events
 from worker.record import place
 from worker.store import JobNotFound, Store
@@ -133,7 +133,7 @@ class Hub:
 
     async def _read(self, job_id: str, after: str, feed: _Feed) -> None:
         try:
-            with contextlib.suppress(redis.ConnectionError, redis.TimeoutError, JobNotFound):
+            with contextlib.suppress(*AWAY, JobNotFound):
                 async for event in follow_events(self._store.url, job_id, after, QUIET_SECONDS):
                     if event is not None:
                         message = _message(*event)

@@ -37,16 +37,13 @@ class Monitor:
         self.request_seconds = Histogram(
             "trainmaster_request_seconds",
             "From a request to the head of its answer; of a stream, to its opening",
-            ["method", "route", "status"],
-            buckets=BUCKETS,
-            registry=self.registry,
-        )
+            ["method", "route", "status"], buckets=BUCKETS, registry=self.registry,
+        )  # fmt: skip
         self.stream_lag_seconds = Histogram(
             "trainmaster_stream_lag_seconds",
             "From a trainer's event to the queues of those who watch",
-            buckets=BUCKETS,
-            registry=self.registry,
-        )
+            buckets=BUCKETS, registry=self.registry,
+        )  # fmt: skip
         self.registry.register(_Jobs(counting))
 
 
@@ -68,9 +65,8 @@ class _Jobs(Collector):
         yield SummaryMetricFamily(
             "trainmaster_queue_seconds",
             "From submission to start, of the jobs that started",
-            count_value=found.started,
-            sum_value=found.queue_seconds,
-        )
+            count_value=found.started, sum_value=found.queue_seconds,
+        )  # fmt: skip
         waiting = GaugeMetricFamily("trainmaster_oldest_waiting_seconds", "Age of what waits longest", labels=["pool"])
         for pool, seconds in found.oldest_waiting_seconds.items():
             waiting.add_metric([pool], seconds)
@@ -78,8 +74,8 @@ class _Jobs(Collector):
         for name in ("tokens_per_second", "mfu", "train_loss", "recovery_seconds"):
             family = GaugeMetricFamily(f"trainmaster_job_{name}", "Of each running job, the newest", labels=["job"])
             for job_id, job in found.running.items():
-                if (value := getattr(job, name)) is not None:
-                    family.add_metric([job_id], value)
+                if name in job:
+                    family.add_metric([job_id], job[name])
             yield family
 
 

@@ -10,7 +10,7 @@ from api.estimate import estimate
 from gptcore.native import native_class
 from gptcore.plan import Hardware, Plan, plan, resolve
 from gptcore.rundir import RunDir
-from gptcore.spec import AnySpec, EvalSpec, PrepareSpec, Problem, PublishSpec, SpecError, TrainSpec, children_of
+from gptcore.spec import AnySpec, EvalSpec, PrepareSpec, PublishSpec, TrainSpec, children_of, refusal
 from worker.settings import Settings
 from worker.store import JobNotFound, Store
 
@@ -50,17 +50,16 @@ def planned(spec: AnySpec, settings: Settings, store: Store) -> Planned:
     children = children_of(resolved)
     if resolved.publish is not None:
         _check_publish(resolved, resolved.publish.repo, settings, "/publish")
-    if hardware is not None:
+    guess, warnings = None, []
+    if hardware is None:
+        numbers = plan(resolved, Hardware(device="cpu" if device == "auto" else device, ranks=ANY_RANKS))
+        warnings = [f"pool {pool} has no live worker; the job waits until one joins, and may not fit it"]
+    else:
         numbers = plan(resolved, hardware)
-        if (live := store.live_nodes(pool, spec.resources.ranks_per_node)) < spec.resources.nodes:
-            warning = f"pool {pool} has {live} live nodes of {spec.resources.nodes}; the job waits until more join"
-            numbers = numbers.model_copy(update={"warnings": [*numbers.warnings, warning]})
         guess = estimate(resolved, numbers, hardware, settings, store)
-        numbers = numbers.model_copy(update={"estimate": guess})
-        return Planned(spec=resolved, plan=numbers, children=children)
-    numbers = plan(resolved, Hardware(device="cpu" if device == "auto" else device, ranks=ANY_RANKS))
-    warning = f"pool {pool} has no live worker; the job waits until one joins, and may not fit it"
-    numbers = numbers.model_copy(update={"warnings": [*numbers.warnings, warning]})
+        if (live := store.live_nodes(pool, spec.resources.ranks_per_node)) < spec.resources.nodes:
+            warnings = [f"pool {pool} has {live} live nodes of {spec.resources.nodes}; the job waits until more join"]
+    numbers = numbers.model_copy(update={"warnings": [*numbers.warnings, *warnings], "estimate": guess})
     return Planned(spec=resolved, plan=numbers, children=children)
 
 
@@ -96,11 +95,11 @@ def _check_publish(spec: TrainSpec, repo: str, settings: Settings, pointer: str)
 
 def _refuse(pointer: str, message: str) -> None:
     if message:
-        raise SpecError([Problem(pointer=pointer, message=message)])
+        raise refusal(pointer, message)
 
 
 def _check_source(spec: PrepareSpec, settings: Settings) -> None:
     sources = settings.datasets / "sources"
     if spec.source.repo is None and real_path(sources / spec.source.path) is None:
         message = f"path {spec.source.path!r} is not in {sources}; put the text there, or use another path"
-        raise SpecError([Problem(pointer="/source/path", message=message)])
+        raise refusal("/source/path", message)

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
+from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
-from gptcore.spec import JobSpec, ModelSpec, Problem, SpecError, parse_spec
+from gptcore.spec import JobSpec, ModelSpec, Problem, SpecError, parse_spec, refusal
 from worker.store import JobNotFound, Store
 
 
-class Repeat(BaseModel):
+class Repeat(BaseModel, extra="forbid", frozen=True):
     """Another job's spec with changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(alias="from", description="a job's id")
     overrides: dict[str, JsonValue] = Field(
@@ -28,17 +26,12 @@ class Repeat(BaseModel):
 EXAMPLES: dict[str, Any] = {
     "a small run": {
         "value": {
-            "kind": "train",
-            "name": "tiny",
-            "model": {"preset": "llama-tiny", "block_size": 256},
-            "data": {"dataset": "python-stdlib"},
-            "optim": {"lr": 0.003},
-            "max_steps": 300,
-            "tokens_per_step": 8192,
+            "kind": "train", "name": "tiny", "model": {"preset": "llama-tiny", "block_size": 256},
+            "data": {"dataset": "python-stdlib"}, "optim": {"lr": 0.003}, "max_steps": 300, "tokens_per_step": 8192,
         }
     },
     "another, with changes": {"value": {"from": "job-t42p5pft0dsr", "overrides": {"max_steps": 600}}},
-}
+}  # fmt: skip
 
 
 def _which(body: object) -> str:
@@ -56,7 +49,7 @@ def spec_of(submission: JobSpec | Repeat, store: Store) -> JobSpec:
         spec = dict(store.get_job(submission.source).spec)
     except JobNotFound:
         message = f"from {submission.source!r} is no job; GET /jobs lists them"
-        raise SpecError([Problem(pointer="/from", message=message)]) from None
+        raise refusal("/from", message) from None
     changed = submission.overrides
     if "model" in spec:
         model, data = changed.get("model"), changed.get("data")

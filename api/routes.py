@@ -63,8 +63,16 @@ With = Annotated[Services, Depends(_services)]
 Who = Annotated[str, Depends(_who)]
 Sent = Annotated[Submission, Body(openapi_examples=EXAMPLES)]
 _ID = r"^\d{1,9}-\d{1,15}(\.\d{1,9})?$"
-EventId = Annotated[str | None, Query(pattern=_ID, description="only what is newer than this event")]
-LastEventId = Annotated[str | None, Header(pattern=_ID, description="as `after`, and before it")]
+
+
+def _after(
+    after: Annotated[str | None, Query(pattern=_ID, description="only what is newer than this event")] = None,
+    last_event_id: Annotated[str | None, Header(pattern=_ID, description="as `after`, and before it")] = None,
+) -> str | None:
+    return last_event_id or after
+
+
+After = Annotated[str | None, Depends(_after)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -107,8 +115,7 @@ def submit(
     response: Response,
     services: With,
     idempotency_key: Annotated[
-        str | None,
-        Header(min_length=1, max_length=200, description="same key, same body: the same job, for 24 h"),
+        str | None, Header(min_length=1, max_length=200, description="same key, same body: the same job, for 24 h")
     ] = None,
 ) -> Job:
     """Check a job spec and queue it: a whole one, or another job's with `overrides`."""
@@ -176,19 +183,17 @@ def resume(job_id: str, services: With, who: Who) -> Job:
 
 # ---- what a job reports
 
+_EVENTS = """id: 1-7
+event: step
+data: {"type": "step", "step": 5, …}
+
+event: end
+data: {"status": "succeeded"}
+
+"""
 _STREAM: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {
-            "text/event-stream": {
-                "schema": {"type": "string"},
-                "example": 'id: 1-7\nevent: step\ndata: {"type": "step", "step": 5, …}\n\n'
-                'event: end\ndata: {"status": "succeeded"}\n\n',
-            }
-        }
-    }
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}, "example": _EVENTS}}}
 }
-
-
 _TABLE = {"text/csv": {"schema": {"type": "string"}, "example": "step,train_loss,val_loss\n1,5.5,\n2,5.25,5.3\n"}}
 _STREAM_OR_TABLE: dict[int | str, dict[str, Any]] = {200: {"content": _STREAM[200]["content"] | _TABLE}}
 
@@ -198,12 +203,11 @@ def metrics(
     job_id: str,
     request: Request,
     services: With,
+    after: After,
     keys: Annotated[list[Key | ResultKey] | None, Query(description="by default all; may be repeated")] = None,
     from_step: Annotated[int | None, Query(ge=0)] = None,
     to_step: Annotated[int | None, Query(ge=0)] = None,
     max_points: Annotated[int | None, Query(ge=10, description="a curve; extremes and the last point stay")] = None,
-    after: EventId = None,
-    last_event_id: LastEventId = None,
 ) -> Metrics | Response:
     """A run's curves, attempts joined: each step once; with `Accept: text/csv` as a table.
 
@@ -211,7 +215,7 @@ def metrics(
     """
     services.store.get_job(job_id)
     if _accepts(request, "text/event-stream"):
-        return event_stream(services.hub, services.store, job_id, last_event_id or after or "0-0", EVENT_TYPES)
+        return event_stream(services.hub, services.store, job_id, after or "0-0", EVENT_TYPES)
     window = {"from_step": from_step, "to_step": to_step, "max_points": max_points}
     found = services.runs.run(job_id).metrics(keys, **window)
     return PlainTextResponse(found.to_csv(), media_type="text/csv") if _accepts(request, "text/csv") else found
@@ -222,9 +226,8 @@ def events(
     job_id: str,
     request: Request,
     services: With,
+    after: After,
     limit: Limit = 100,
-    after: EventId = None,
-    last_event_id: LastEventId = None,
 ) -> Response:
     """What the trainer reported, and between it the job's changes of status; a stream with `Accept: text/event-stream`.
 
@@ -232,7 +235,7 @@ def events(
     """
     services.store.get_job(job_id)
     if _accepts(request, "text/event-stream"):
-        return event_stream(services.hub, services.store, job_id, last_event_id or after or "0-0")
+        return event_stream(services.hub, services.store, job_id, after or "0-0")
     found = read_history(services.store, services.settings.runs, job_id, after or "0-0", limit + 1)
     page, has_more = found[:limit], len(found) > limit
     # passed on as the trainer wrote them: a newer one may report what this server does not know
@@ -245,16 +248,15 @@ def logs(
     job_id: str,
     request: Request,
     services: With,
+    after: After,
     attempt: Annotated[int | None, Query(ge=1, le=999_999_999, description="by default the newest")] = None,
-    after: EventId = None,
-    last_event_id: LastEventId = None,
 ) -> Response:
     """What an attempt's trainer printed: the last MiB. With `Accept: text/event-stream` goes on from there with
     what it prints, and with the attempts that follow; ids are {attempt}-{byte}."""
     services.store.get_job(job_id)
     run = RunDir(services.settings.runs / job_id)
     if _accepts(request, "text/event-stream"):
-        return log_stream(services.hub, services.store, run, job_id, attempt, last_event_id or after)
+        return log_stream(services.hub, services.store, run, job_id, attempt, after)
     logs = {a.number: a.log for a in run.attempts() if a.log.exists()}
     wanted = attempt or max(logs, default=0)
     if wanted not in logs:

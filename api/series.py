@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from pydantic_core import from_json
 
 from gptcore.events import Sampled, read_lines
@@ -32,10 +32,8 @@ EVENT_TYPES = ("step", "evaluated", "scored")  # those that carry values
 RUNS_KEPT = 32
 
 
-class Points(BaseModel):
+class Points(BaseModel, ser_json_inf_nan="strings"):
     """Columns of equal length; steps ascend. NaN and infinities are strings, as JSON has none."""
-
-    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     step: list[int]
     value: list[float]

@@ -17,11 +17,7 @@ class Server(uvicorn.Server):
         self._app = create_app(settings, open_without_keys=open_without_keys)
         super().__init__(
             uvicorn.Config(
-                self._app,
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=GRACE_SECONDS,
+                self._app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
             )
         )
 

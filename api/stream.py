@@ -8,19 +8,18 @@ import time
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 
-import redis
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
 from api.hub import Hub
 from gptcore.rundir import RunDir
+from worker.connection import AWAY
 from worker.record import place
 from worker.store import JobNotFound, Store
 
 RECONNECT_MILLISECONDS = 1000
 LOG_TAIL_BYTES, LOG_CHUNK_BYTES = 1 << 20, 1 << 16
 LOG_POLL_SECONDS, KEEPALIVE_SECONDS = 0.5, 10.0
-AWAY = (redis.ConnectionError, redis.TimeoutError)
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"}
 
 

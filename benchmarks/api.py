@@ -43,7 +43,7 @@ class Bench:
     def __init__(self, stack: Stack, settings: Settings):
         self.rows: list[Row] = []
         self.url = stack.url
-        self.store = Store.connect(stack.redis_url)
+        self.store = Store(stack.redis_url)
         self.runs = settings.runs
         self.http = httpx2.Client(base_url=stack.url, timeout=120, trust_env=False)
         self.spec: TrainSpec = resolve(parse_spec(SPEC), settings.datasets)

@@ -75,11 +75,7 @@ class Saver:
         self._running: Future[Saved] | None = None
 
     def save(
-        self,
-        state: TrainState,
-        weights: dict[str, Tensor],
-        optimizer: dict[str, Tensor],
-        extra: dict[str, Any],
+        self, state: TrainState, weights: dict[str, Tensor], optimizer: dict[str, Tensor], extra: dict[str, Any]
     ) -> None:
         """Take a copy of everything now, write it while training goes on."""
         self.wait()
@@ -117,12 +113,7 @@ class Saver:
         self._pool.shutdown()
 
     def _write(
-        self,
-        step: int,
-        meta: dict[str, Any],
-        weights: dict[str, Tensor],
-        moments: dict[str, Tensor],
-        best: int | None,
+        self, step: int, meta: dict[str, Any], weights: dict[str, Tensor], moments: dict[str, Tensor], best: int | None
     ) -> Saved:
         started = time.perf_counter()
         final = self._folder(step)

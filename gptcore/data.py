@@ -8,9 +8,9 @@ number of ranks.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +120,7 @@ class Prefetcher:
         self._share = sequences_per_step // world_size
         self._starts = (
             first + rank * self._share + offset
-            for first in _count_from(position, sequences_per_step)
+            for first in itertools.count(position, sequences_per_step)
             for offset in range(0, self._share, micro_batch_size)
         )
         self._micro_batch_size = micro_batch_size
@@ -160,9 +160,3 @@ class Prefetcher:
     def close(self) -> None:
         self._closing.set()
         self._thread.join()
-
-
-def _count_from(first: int, stride: int) -> Iterator[int]:
-    while True:
-        yield first
-        first += stride

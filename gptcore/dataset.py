@@ -12,10 +12,10 @@ import struct
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from gptcore.presets import closest
-from gptcore.spec import Problem, SpecError
+from gptcore.spec import refusal
 
 Tokenizer = Literal["bytes", "gpt2"]
 MAGIC = 20240520
@@ -37,27 +37,21 @@ FINEWEB = {
 }
 
 
-class Shard(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
+class Shard(BaseModel, frozen=True):
     file: str
     tokens: int
     sha256: str
 
 
-class Split(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
+class Split(BaseModel, frozen=True):
     tokens: int
     bytes: int  # of text, for bits per byte
     documents: int
     shards: list[Shard]
 
 
-class Dataset(BaseModel):
+class Dataset(BaseModel, frozen=True):
     """`dataset.json`."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     tokenizer: Tokenizer
@@ -85,7 +79,7 @@ def read_dataset(root: Path, name: str) -> Dataset | None:
     try:
         return Dataset.model_validate_json(path.read_text())
     except ValidationError as error:
-        raise SpecError([Problem(pointer="/data/dataset", message=f"{path} is not a dataset.json: {error}")]) from error
+        raise refusal("/data/dataset", f"{path} is not a dataset.json: {error}") from error
 
 
 def list_datasets(root: Path) -> list[Dataset]:
@@ -102,7 +96,11 @@ def tokenizer_of(root: Path, name: str) -> Tokenizer:
         return BUILTIN[name][0]
     known = {*BUILTIN, *(d.name for d in list_datasets(root))}
     way_out = f"{closest(name, known)} or make it: trainmaster prepare {name} --text FILE"
-    raise SpecError([Problem(pointer="/data/dataset", message=f"dataset {name!r} is unknown; {way_out}")])
+    raise refusal("/data/dataset", f"dataset {name!r} is unknown; {way_out}")
+
+
+def shard_header(tokens: int) -> bytes:
+    return struct.pack("<3i", MAGIC, 1, tokens).ljust(HEADER_BYTES, b"\0")
 
 
 def shard_problem(path: Path) -> str | None:

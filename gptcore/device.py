@@ -25,10 +25,7 @@ def hardware(dist: Dist) -> Hardware:
     if dist.device.type == "cuda":
         properties = torch.cuda.get_device_properties(dist.device)
         return Hardware(
-            device="cuda",
-            device_name=properties.name,
-            ranks=local_ranks,
-            memory_bytes=properties.total_memory,
+            device="cuda", device_name=properties.name, ranks=local_ranks, memory_bytes=properties.total_memory
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Hardware(device="cpu", device_name=_cpu_name(), ranks=local_ranks, memory_bytes=memory // local_ranks)

@@ -26,7 +26,7 @@ from gptcore.native import native_class
 from gptcore.plan import LOSS_CHUNK_ELEMENTS
 from gptcore.rundir import datasets_root, write_atomically
 from gptcore.scorer import Scorer
-from gptcore.spec import EvalSpec, Problem, SpecError
+from gptcore.spec import EvalSpec, refusal
 from gptcore.subject import HubFolder, Trained, find_subject
 from gptcore.tokenizer import load_tokenizer
 
@@ -85,7 +85,7 @@ def _score(
         items = load_items(datasets_root(), "validation")[: process.spec.limit]
         pool = load_items(datasets_root(), "train") if examples else []
     except FileNotFoundError as error:
-        raise _refusal("/tasks", str(error)) from error
+        raise refusal("/tasks", str(error)) from error
     return evaluate(items, scorer, dist, step, examples, pool, process.heed)
 
 
@@ -93,12 +93,12 @@ def _score_val_loss(spec: EvalSpec, subject: Trained | HubFolder, scorer: Scorer
     began, trained = time.perf_counter(), subject.spec if isinstance(subject, Trained) else None
     name = spec.dataset or (trained.data.dataset if trained else None)
     if name is None:
-        raise _refusal("/dataset", "dataset is missing: val_loss of a Hub folder needs one")
+        raise refusal("/dataset", "dataset is missing: val_loss of a Hub folder needs one")
     dataset = read_dataset(datasets_root(), name)
     if dataset is None:
-        raise _refusal("/dataset", f"dataset {name!r} is not prepared on this machine; trainmaster prepare makes it")
+        raise refusal("/dataset", f"dataset {name!r} is not prepared on this machine; trainmaster prepare makes it")
     if scorer.encode(PROBE) != load_tokenizer(dataset.tokenizer).encode(PROBE).tolist():
-        raise _refusal("/dataset", f"dataset {name!r} is of the tokenizer {dataset.tokenizer}, the model of another")
+        raise refusal("/dataset", f"dataset {name!r} is of the tokenizer {dataset.tokenizer}, the model of another")
     windows = Windows(datasets_root() / name, dataset.val, min(scorer.block_size, LONGEST_WINDOW)
                       if trained is None else scorer.block_size)  # fmt: skip
     asked = spec.eval_tokens or (trained.evaluate.eval_tokens if trained else 10_485_760)
@@ -121,9 +121,9 @@ def _harness(spec: EvalSpec, subject: Trained | HubFolder) -> Any:
     if isinstance(subject, Trained):
         name, reason = native_class(subject.spec.model)
         if name is None:
-            raise _refusal("/source", f"lm_eval needs an exported model, which this one cannot be: {reason}")
+            raise refusal("/source", f"lm_eval needs an exported model, which this one cannot be: {reason}")
     if importlib.util.find_spec("lm_eval") is None:
-        raise _refusal("/tasks", "lm-evaluation-harness is not on this worker; pip install 'lm-eval[hf]'")
+        raise refusal("/tasks", "lm-evaluation-harness is not on this worker; pip install 'lm-eval[hf]'")
     from lm_eval.tasks import TaskManager
 
     own = datasets_root() / "lm_eval"
@@ -131,7 +131,7 @@ def _harness(spec: EvalSpec, subject: Trained | HubFolder) -> Any:
     unknown = [task for task in asked if not manager.match_tasks([_harness_name(task)])]
     if unknown:
         message = f"lm-evaluation-harness knows no {', '.join(unknown)}; lm_eval ls tasks lists what there is"
-        raise _refusal("/tasks", message)
+        raise refusal("/tasks", message)
     return manager
 
 
@@ -170,10 +170,6 @@ def _run_harness(task: str, manager: Any, folder: Path, limit: int | None, dist:
     return Scored(
         step=step, task=task, results=results, stderr=stderr, items=count, seconds=time.perf_counter() - began
     )
-
-
-def _refusal(pointer: str, message: str) -> SpecError:
-    return SpecError([Problem(pointer=pointer, message=message)])
 
 
 if __name__ == "__main__":

@@ -43,15 +43,15 @@ class Started(EventBase):
     device: str
     device_name: str
     world_size: int
-    threads: int
-    precision: str
-    compiled: bool
-    micro_batch_size: int
-    grad_accum_steps: int
-    parameters: int
-    total_steps: int
-    tokens_per_step: int
     versions: dict[str, str]
+    threads: int = 1
+    precision: str = "fp32"
+    compiled: bool = False
+    micro_batch_size: int = 0  # as what follows, of jobs that train
+    grad_accum_steps: int = 0
+    parameters: int = 0
+    total_steps: int = 0
+    tokens_per_step: int = 0
     dataset_sha256: str | None = None  # of what was trained on: tokenizer and tokens
 
 

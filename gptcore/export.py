@@ -28,11 +28,7 @@ VOCAB_TABLES = ("wte.weight", "lm_head.weight")
 
 
 def export_model(
-    folder: Path,
-    spec: ModelSpec,
-    weights: dict[str, Tensor],
-    tokenizer: str,
-    dtype: torch.dtype = torch.float32,
+    folder: Path, spec: ModelSpec, weights: dict[str, Tensor], tokenizer: str, dtype: torch.dtype = torch.float32
 ) -> str:
     """Write the folder whole (beside it first, then renamed); returns the native class's name."""
     name, reason = native_class(spec)
@@ -83,13 +79,10 @@ def write_tokenizer(folder: Path, tokenizer: str, block_size: int) -> None:
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens([AddedToken(EOT_TEXT, special=True)])
     config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": block_size,
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
-        "bos_token": EOT_TEXT,
-        "eos_token": EOT_TEXT,
-        "unk_token": EOT_TEXT,
-    }
+        "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT,
+    }  # fmt: skip
     if tokenizer == "gpt2":
         config |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
     fast.save(str(folder / "tokenizer.json"))

@@ -73,24 +73,21 @@ def look_from_outside(folder: Path, dataset_name: str, eval_tokens: int, out: Pa
 
 def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], logged: float) -> tuple[dict[str, float], list[str]]:
     """The differences by name, and what is too large of them. A NaN is too large."""
-    numbers: dict[str, float] = {}
-    limits: dict[str, float] = {}
-    for name in (name for name in ours if name.startswith("logits")):
-        numbers[f"{name}_difference"] = (ours[name] - theirs[name]).abs().max().item()
-        limits[f"{name}_difference"] = LOGITS_LIMIT * max(1.0, ours[name].abs().max().item() / 8)
-    numbers["val_loss_difference"] = abs(ours["val_loss"] - theirs["val_loss"]).item()
-    limits["val_loss_difference"] = VAL_LOSS_LIMIT
-    numbers["logged_val_loss_difference"] = abs(theirs["val_loss"].item() - logged)
-    limits["logged_val_loss_difference"] = LOGGED_LIMIT
-    numbers["hellaswag_items"] = len(ours["hellaswag"])
-    numbers["hellaswag_items_differing"] = _differing(ours["hellaswag"], theirs["hellaswag"])
-    limits["hellaswag_items_differing"] = 0
-    problems = [
-        f"{name} {numbers[name]:.3g} is above {limit:.3g}"
-        for name, limit in limits.items()
-        if not numbers[name] <= limit
-    ]
-    return numbers, problems
+    found: dict[str, tuple[float, float]] = {  # number, limit
+        f"{name}_difference": (
+            (ours[name] - theirs[name]).abs().max().item(),
+            LOGITS_LIMIT * max(1.0, ours[name].abs().max().item() / 8),
+        )
+        for name in ours
+        if name.startswith("logits")
+    }
+    found["val_loss_difference"] = abs(ours["val_loss"] - theirs["val_loss"]).item(), VAL_LOSS_LIMIT
+    found["logged_val_loss_difference"] = abs(theirs["val_loss"].item() - logged), LOGGED_LIMIT
+    found["hellaswag_items"] = len(ours["hellaswag"]), HELLASWAG_ITEMS
+    found["hellaswag_items_differing"] = _differing(ours["hellaswag"], theirs["hellaswag"]), 0
+    problems = [f"{name} {number:.3g} is above {limit:.3g}" for name, (number, limit) in found.items()
+                if not number <= limit]  # fmt: skip
+    return {name: number for name, (number, _) in found.items()}, problems
 
 
 def _differing(ours: Tensor, theirs: Tensor) -> int:

@@ -38,13 +38,8 @@ class Process(Generic[SpecType]):
             raise Told(self.attempt.stop.read_text().strip())
 
     def started(self, kind: str, device: str = "cpu", world_size: int = 1) -> None:
-        self.report(
-            Started(
-                kind=kind, device=device, device_name=device, world_size=world_size, threads=1, precision="fp32",
-                compiled=False, micro_batch_size=0, grad_accum_steps=0, parameters=0, total_steps=0,
-                tokens_per_step=0, versions={"python": platform.python_version()},
-            )
-        )  # fmt: skip
+        versions = {"python": platform.python_version()}
+        self.report(Started(kind=kind, device=device, device_name=device, world_size=world_size, versions=versions))
 
 
 def run_job(

@@ -27,8 +27,13 @@ def shared(path: Path) -> Iterator[None]:
 def is_held(path: Path) -> bool:
     """Whether any process holds `path` now, alone or shared."""
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not take(file.fileno())
+
+
+def take(file: int) -> bool:
+    """Hold an open file alone from now on; false where another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -9,26 +9,26 @@ from typing import Any
 from gptcore.spec import ModelSpec
 
 # For each class: what every switch must be. A switch that is absent may be anything.
-_CLASSES: dict[str, dict[str, tuple[Any, ...]]] = {
+CLASSES: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": {
-        "norm": ("layernorm",), "position": ("learned",), "mlp": ("gelu",),
-        "attention_bias": (True,), "mlp_bias": (True,), "qk_norm": (False,),
-        "embed_norm": (False,), "logit_softcap": (None,),
+        "norm": "layernorm", "position": "learned", "mlp": "gelu",
+        "attention_bias": True, "mlp_bias": True, "qk_norm": False,
+        "embed_norm": False, "logit_softcap": None,
     },
     "LlamaForCausalLM": {
-        "norm": ("rmsnorm",), "position": ("rope",), "mlp": ("swiglu",), "qk_norm": (False,),
-        "embed_norm": (False,), "logit_softcap": (None,), "rope_direction": ("forward",),
+        "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": False,
+        "embed_norm": False, "logit_softcap": None, "rope_direction": "forward",
     },
     # vLLM's Qwen3 drops the output bias silently, so QK-norm with biases is not offered
     "Qwen3ForCausalLM": {
-        "norm": ("rmsnorm",), "position": ("rope",), "mlp": ("swiglu",), "qk_norm": (True,),
-        "attention_bias": (False,), "mlp_bias": (False,), "embed_norm": (False,),
-        "logit_softcap": (None,), "rope_direction": ("forward",),
+        "norm": "rmsnorm", "position": "rope", "mlp": "swiglu", "qk_norm": True,
+        "attention_bias": False, "mlp_bias": False, "embed_norm": False,
+        "logit_softcap": None, "rope_direction": "forward",
     },
     "NanoChatForCausalLM": {
-        "norm": ("rmsnorm_plain",), "position": ("rope",), "mlp": ("relu2",), "qk_norm": (True,),
-        "attention_bias": (False,), "mlp_bias": (False,), "embed_norm": (True,),
-        "rope_direction": ("backward",),
+        "norm": "rmsnorm_plain", "position": "rope", "mlp": "relu2", "qk_norm": True,
+        "attention_bias": False, "mlp_bias": False, "embed_norm": True,
+        "rope_direction": "backward",
     },
 }  # fmt: skip
 
@@ -36,11 +36,12 @@ _CLASSES: dict[str, dict[str, tuple[Any, ...]]] = {
 def native_class(model: ModelSpec) -> tuple[str | None, str]:
     """The class's name and "", or None and the reason: the switches that part it from the nearest."""
     best: tuple[int, str, list[str]] | None = None
-    for name, switches in _CLASSES.items():
+    for name, switches in CLASSES.items():
         wrong = [
-            f"{field} {_show(getattr(model, field))} (it has {' or '.join(map(_show, allowed))})"
-            for field, allowed in switches.items()
-            if getattr(model, field) not in allowed
+            # as JSON spells it, which is how the user wrote it
+            f"{field} {json.dumps(getattr(model, field))} (it has {json.dumps(needed)})"
+            for field, needed in switches.items()
+            if getattr(model, field) != needed
         ]
         wrong += _shape_limits(name, model)
         if not wrong:
@@ -55,19 +56,11 @@ def _shape_limits(name: str, model: ModelSpec) -> list[str]:
     limits = []
     if model.norm_placement != "pre":
         limits.append('norm_placement "post" (it has "pre")')
-    if name == "GPT2LMHeadModel":
-        if model.head_dim * model.n_head != model.n_embd:
-            limits.append(f"head_dim {model.head_dim} other than n_embd / n_head {model.n_embd / model.n_head:g}")
-        if model.n_kv_head != model.n_head:
-            limits.append(f"n_kv_head {model.n_kv_head} other than n_head {model.n_head}")
-    if name == "NanoChatForCausalLM" and model.head_dim * model.n_head != model.n_embd:
+    if name in ("GPT2LMHeadModel", "NanoChatForCausalLM") and model.head_dim * model.n_head != model.n_embd:
         limits.append(f"head_dim {model.head_dim} other than n_embd / n_head {model.n_embd / model.n_head:g}")
+    if name == "GPT2LMHeadModel" and model.n_kv_head != model.n_head:
+        limits.append(f"n_kv_head {model.n_kv_head} other than n_head {model.n_head}")
     return limits
-
-
-def _show(value: object) -> str:
-    """As JSON spells it, which is how the user wrote it."""
-    return json.dumps(value)
 
 
 def native_config(model: ModelSpec, tokenizer: str) -> dict[str, Any]:
@@ -80,13 +73,9 @@ def native_config(model: ModelSpec, tokenizer: str) -> dict[str, Any]:
     assert name is not None, reason
     eot = {"bytes": 0, "gpt2": 50256}[tokenizer]
     common: dict[str, Any] = {
-        "architectures": [name],
-        "vocab_size": model.vocab_size,
-        "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "use_cache": True,
-    }
+        "architectures": [name], "vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": eot, "eos_token_id": eot, "use_cache": True,
+    }  # fmt: skip
     if name == "GPT2LMHeadModel":
         return common | {
             "model_type": "gpt2", "n_positions": model.block_size, "n_ctx": model.block_size,

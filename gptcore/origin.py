@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from gptcore.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
 from gptcore.export import VOCAB_TABLES
-from gptcore.native import native_tensors
+from gptcore.native import CLASSES, native_tensors
 from gptcore.rundir import RunDir
-from gptcore.spec import InitSpec, ModelSpec, Problem, SpecError
+from gptcore.spec import InitSpec, ModelSpec, refusal
 
 _HUB_PREFIX = "hf://"
 
@@ -61,7 +62,7 @@ def locate(source: str, runs: Path, pointer: str) -> Path:
     folder = (runs / source).resolve()
     if not folder.is_relative_to(runs.resolve()) or not folder.is_dir():
         message = f"{source} is no folder of {runs}; give a job's id, a folder there, or hf://owner/name"
-        raise SpecError([Problem(pointer=pointer, message=message)])
+        raise refusal(pointer, message)
     return folder
 
 
@@ -71,8 +72,7 @@ def _compare(source: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         raise _refusal(f"{source} is a model of another shape: {'; '.join(differing)}")
 
 
-def _refusal(message: str) -> SpecError:
-    return SpecError([Problem(pointer="/init_from/source", message=message)])
+_refusal = partial(refusal, "/init_from/source")
 
 
 def _safetensors(folder: Path) -> dict[str, Tensor]:
@@ -87,13 +87,14 @@ def _safetensors(folder: Path) -> dict[str, Tensor]:
 def fields_of_config(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a ModelSpec that a native class's config.json fixes."""
     architecture = config["architectures"][0]
+    if architecture not in CLASSES:
+        raise _refusal(f"its class is {architecture}; those that can be imported are {', '.join(CLASSES)}")
     if architecture == "GPT2LMHeadModel":
-        return {
+        return CLASSES[architecture] | {
             "vocab_size": config["vocab_size"], "block_size": config["n_positions"],
             "n_layer": config["n_layer"], "n_head": config["n_head"], "n_embd": config["n_embd"],
-            "n_hidden": config.get("n_inner") or 4 * config["n_embd"],
-            "norm": "layernorm", "norm_eps": config["layer_norm_epsilon"], "position": "learned", "mlp": "gelu",
-            "attention_bias": True, "mlp_bias": True, "tie_embeddings": config.get("tie_word_embeddings", True),
+            "n_hidden": config.get("n_inner") or 4 * config["n_embd"], "norm_eps": config["layer_norm_epsilon"],
+            "tie_embeddings": config.get("tie_word_embeddings", True),
         }  # fmt: skip
     rope = config.get("rope_parameters") or {}
     heads = config["num_attention_heads"]
@@ -102,23 +103,13 @@ def fields_of_config(config: dict[str, Any]) -> dict[str, Any]:
         "n_layer": config["num_hidden_layers"], "n_head": heads, "n_kv_head": config["num_key_value_heads"],
         "n_embd": config["hidden_size"], "n_hidden": config["intermediate_size"],
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "norm_eps": config["rms_norm_eps"], "position": "rope",
+        "norm_eps": config["rms_norm_eps"],
         "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10_000.0),
         "attention_bias": config.get("attention_bias", False),
         "tie_embeddings": config.get("tie_word_embeddings", False),
     }  # fmt: skip
-    switches: dict[str, dict[str, Any]] = {
-        "LlamaForCausalLM": {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": False, "rope_direction": "forward",
-                             "mlp_bias": config.get("mlp_bias", False)},
-        "Qwen3ForCausalLM": {"norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "rope_direction": "forward"},
-        "NanoChatForCausalLM": {"norm": "rmsnorm_plain", "mlp": "relu2", "qk_norm": True, "embed_norm": True,
-                                "rope_direction": "backward",
-                                "logit_softcap": config.get("final_logit_softcapping")},
-    }  # fmt: skip
-    if architecture not in switches:
-        known = ", ".join(["GPT2LMHeadModel", *switches])
-        raise _refusal(f"its class is {architecture}; those that can be imported are {known}")
-    return fields | switches[architecture]
+    open_switches = {"mlp_bias": config.get("mlp_bias", False), "logit_softcap": config.get("final_logit_softcapping")}
+    return open_switches | CLASSES[architecture] | fields
 
 
 def import_weights(model: ModelSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

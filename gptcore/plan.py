@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from gptcore.dataset import VOCAB_SIZES, tokenizer_of
 from gptcore.native import native_class
-from gptcore.spec import ModelSpec, Problem, SpecError, TrainSpec
+from gptcore.spec import ModelSpec, Problem, SpecError, TrainSpec, refusal
 
 # dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name found in the device's wins
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -23,10 +23,8 @@ CPU_MICRO_BATCH_TOKENS = 8192
 GPU_MICRO_BATCH_TOKENS = 65_536
 
 
-class Hardware(BaseModel):
+class Hardware(BaseModel, frozen=True):
     """What one slot of a node offers."""
-
-    model_config = ConfigDict(frozen=True)
 
     device: Literal["cpu", "cuda"] = "cpu"
     device_name: str = "cpu"
@@ -34,10 +32,8 @@ class Hardware(BaseModel):
     memory_bytes: int | None = None  # of one GPU, or of the machine; null: unknown
 
 
-class Parameters(BaseModel):
+class Parameters(BaseModel, frozen=True):
     """Parameter counts. `exported` has no vocabulary padding; `matmul` is what FLOPs are spent on."""
-
-    model_config = ConfigDict(frozen=True)
 
     exported: int
     trained: int
@@ -62,10 +58,8 @@ class Estimate(BaseModel):
     past_plans_off: float | None  # the median of their real over their estimated seconds, minus 1
 
 
-class Plan(BaseModel):
+class Plan(BaseModel, frozen=True):
     """What a train spec comes to on given hardware."""
-
-    model_config = ConfigDict(frozen=True)
 
     device: Literal["cpu", "cuda"]
     world_size: int
@@ -98,7 +92,7 @@ def resolve(spec: TrainSpec, datasets: Path) -> TrainSpec:
             f"vocab_size {vocab_size} is too small: dataset {spec.data.dataset} uses the tokenizer "
             f"{tokenizer} of {needed} tokens; set {needed} or leave vocab_size out"
         )
-        raise SpecError([Problem(pointer="/model/vocab_size", message=message)])
+        raise refusal("/model/vocab_size", message)
     model = spec.model.model_copy(update={"vocab_size": vocab_size})
     return spec.model_copy(update={"model": model})
 
@@ -148,32 +142,22 @@ def plan(spec: TrainSpec, hardware: Hardware) -> Plan:
     total_tokens = spec.max_steps * spec.tokens_per_step
     peak = peak_memory_bytes(spec, micro_batch_size)
     planned = Plan(
-        device=hardware.device,
-        world_size=world_size,
-        micro_batch_size=micro_batch_size,
+        device=hardware.device, world_size=world_size, micro_batch_size=micro_batch_size,
         grad_accum_steps=spec.tokens_per_step // (micro_batch_size * model.block_size * world_size),
-        tokens_per_step=spec.tokens_per_step,
-        total_steps=spec.max_steps,
-        total_tokens=total_tokens,
-        parameters=counts.exported,
-        parameters_trained=counts.trained,
-        matmul_parameters=counts.matmul,
-        flops_per_token=flops,
-        flops_per_token_causal=flops_per_token(model, counts.matmul, causal=True),
+        tokens_per_step=spec.tokens_per_step, total_steps=spec.max_steps, total_tokens=total_tokens,
+        parameters=counts.exported, parameters_trained=counts.trained, matmul_parameters=counts.matmul,
+        flops_per_token=flops, flops_per_token_causal=flops_per_token(model, counts.matmul, causal=True),
         total_flops=float(flops) * total_tokens,
-        checkpoint_bytes=_checkpoint_bytes(spec, counts),
-        peak_memory_bytes=peak,
-        native_class=name,
-        not_exportable_because=reason,
-        warnings=_warnings(spec, reason),
-    )
+        checkpoint_bytes=_checkpoint_bytes(spec, counts), peak_memory_bytes=peak,
+        native_class=name, not_exportable_because=reason, warnings=_warnings(spec, reason),
+    )  # fmt: skip
     if hardware.memory_bytes is not None and peak > hardware.memory_bytes:
         message = (
             f"micro_batch_size {micro_batch_size} needs about {peak / 2**30:.1f} GiB a rank; "
             f"{hardware.device_name} has {hardware.memory_bytes / 2**30:.1f} GiB; "
             f'use a smaller micro_batch_size or "auto", block_size, or model'
         )
-        raise SpecError([Problem(pointer="/micro_batch_size", message=message)])
+        raise refusal("/micro_batch_size", message)
     return planned
 
 

@@ -13,7 +13,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,12 +22,12 @@ from gptcore.dataset import (
     BUILTIN,
     FINEWEB,
     HEADER_BYTES,
-    MAGIC,
     TOKEN_BYTES,
     Dataset,
     Shard,
     Split,
     dataset_file,
+    shard_header,
     shard_problem,
 )
 from gptcore.locks import exclusive
@@ -76,16 +75,12 @@ class SplitWriter:
                 self._file = self._open(HEADER_BYTES)
 
     def _finish_shard(self) -> None:
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = (MAGIC, 1, self.open_tokens)
         self._file.seek(0)
-        self._file.write(header.tobytes())
+        self._file.write(shard_header(self.open_tokens))
         self._file.close()
-        with self._partial.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        name = f"{self._name}-{len(self.shards):05d}.bin"
-        self._partial.replace(self._folder / name)
-        self.shards.append(Shard(file=name, tokens=self.open_tokens, sha256=digest))
+        path = self._folder / f"{self._name}-{len(self.shards):05d}.bin"
+        self._partial.replace(path)
+        self.shards.append(_shard(path, self.open_tokens))
         self.open_tokens = 0
 
     def state(self) -> dict[str, Any]:
@@ -124,7 +119,8 @@ def prepare(
         "source": source.fingerprint, "tokenizer": tokenizer_name, "val_fraction": val_fraction,
         "max_tokens": max_tokens, "shard_tokens": shard_tokens,
     }  # fmt: skip
-    with _alone(root, name):
+    root.mkdir(parents=True, exist_ok=True)
+    with exclusive(root / f".{name}.lock"):  # of two that prepare the same dataset the second finds it made
         final, folder = root / name, root / f".{name}.preparing"
         done = _finished(final, settings)
         if done is not None:
@@ -133,9 +129,8 @@ def prepare(
             raise ValueError(
                 f"dataset {name} exists, made from other text or settings; use another name, or remove {final} first"
             )
-        state = _saved_state(folder, settings)
         tokenizer = load_tokenizer(tokenizer_name)
-        splits = _write(folder, source, tokenizer, settings, state, progress)
+        splits = _write(folder, source, tokenizer, settings, progress)
         for split, found in splits.items():
             if found.tokens < 2:
                 raise ValueError(
@@ -195,15 +190,18 @@ def adopt_shards(root: Path, name: str, folder: Path, tokenizer_name: str) -> Da
     return dataset
 
 
+def _shard(path: Path, tokens: int) -> Shard:
+    with path.open("rb") as file:
+        return Shard(file=path.name, tokens=tokens, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
 def _describe(files: list[Path], tokenizer: Tokenizer) -> Split:
     lengths, shards, text_bytes, documents = tokenizer.token_bytes(), [], 0, 0
     for path in files:
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
         if int(tokens.max(initial=0)) >= tokenizer.vocab_size:
             raise ValueError(f"{path} holds token {tokens.max()}; {tokenizer.name} has {tokenizer.vocab_size} tokens")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        shards.append(Shard(file=path.name, tokens=len(tokens), sha256=digest))
+        shards.append(_shard(path, len(tokens)))
         counts = np.bincount(tokens, minlength=tokenizer.vocab_size)
         text_bytes += int(counts @ lengths)
         documents += int(counts[tokenizer.eot])
@@ -211,13 +209,9 @@ def _describe(files: list[Path], tokenizer: Tokenizer) -> Split:
 
 
 def _write(
-    folder: Path,
-    source: Source,
-    tokenizer: Tokenizer,
-    settings: dict[str, Any],
-    state: dict[str, Any],
-    progress: Progress,
+    folder: Path, source: Source, tokenizer: Tokenizer, settings: dict[str, Any], progress: Progress
 ) -> dict[str, Split]:
+    state = _saved_state(folder, settings)
     shard_tokens, max_tokens = settings["shard_tokens"], settings["max_tokens"]
     writers = {s: SplitWriter(folder, s, shard_tokens, state.get(s)) for s in ("train", "val")}
     documents = int(state.get("documents", 0))
@@ -263,12 +257,6 @@ def _batches(documents: Iterable[Document], characters: int) -> Iterator[list[Do
 def _share(name: str) -> float:
     """A document's place in [0, 1), from its name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-
-def _alone(root: Path, name: str) -> AbstractContextManager[None]:
-    """Two that prepare the same dataset take turns; the second finds it made."""
-    root.mkdir(parents=True, exist_ok=True)
-    return exclusive(root / f".{name}.lock")
 
 
 def _finished(final: Path, settings: dict[str, Any]) -> Dataset | None:

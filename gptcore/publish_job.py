@@ -20,7 +20,7 @@ from gptcore.failure import Mismatch, Unavailable
 from gptcore.job_process import Process, run_job
 from gptcore.native import native_class
 from gptcore.rundir import datasets_root
-from gptcore.spec import Problem, PublishSpec, SpecError
+from gptcore.spec import PublishSpec, refusal
 from gptcore.subject import Trained, find_subject
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -38,10 +38,10 @@ def _run(process: Process[PublishSpec]) -> Finished:
     process.started("publish", gate.device().type)
     subject = find_subject(spec, process.run.path.parent, datasets_root())
     if not isinstance(subject, Trained):
-        raise SpecError([Problem(pointer="/source", message=f"source {spec.source} is a folder; give a job's id")])
+        raise refusal("/source", f"source {spec.source} is a folder; give a job's id")
     name, reason = native_class(subject.spec.model)
     if name is None:
-        raise SpecError([Problem(pointer="/source", message=f"no stock transformers class holds it: {reason}")])
+        raise refusal("/source", f"no stock transformers class holds it: {reason}")
     hub = _Hub(process)  # before the work: a token that cannot write is known now
     step = subject.checkpoint.step
     report(PhaseChanged(phase="exporting"))
@@ -65,7 +65,7 @@ def _verify(process: Process[PublishSpec], subject: Trained) -> str:
     logged = subject.val_loss()
     if logged is None:
         message = f"step {subject.checkpoint.step} was never evaluated, so the export cannot be checked; name another"
-        raise SpecError([Problem(pointer="/step", message=message)])
+        raise refusal("/step", message)
     asked = (trained.data.dataset, trained.evaluate.eval_tokens)
     ours = gate.look(subject.scorer(gate.device(), DTYPES[process.spec.dtype]), *asked)
     theirs = gate.look_from_outside(run.export, *asked, run.path / "outside.safetensors")
@@ -92,11 +92,13 @@ class _Hub:
         self._process, self._repo = process, process.spec.repo
         token = os.environ.get("HF_TOKEN")
         if not token:
-            raise self._refusal("HF_TOKEN is not in the worker's environment; publishing needs a token that may write")
+            raise refusal(
+                "/repo", "HF_TOKEN is not in the worker's environment; publishing needs a token that may write"
+            )
         self._api = HfApi(token=token)
         found = self._patiently(self._api.whoami)
         if found.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise self._refusal("the worker's HF_TOKEN may only read; publishing needs one that may write")
+            raise refusal("/repo", "the worker's HF_TOKEN may only read; publishing needs one that may write")
 
     def upload(self, step: int) -> Published:
         """One commit of what differs, none where nothing does; the tag follows it."""
@@ -127,15 +129,12 @@ class _Hub:
             if isinstance(problem, HfHubHTTPError):
                 status = problem.response.status_code
                 if status < 500 and status not in MAY_PASS:
-                    raise self._refusal(f"the Hub refuses {self._repo} with {status}: {problem}") from problem
+                    raise refusal("/repo", f"the Hub refuses {self._repo} with {status}: {problem}") from problem
             if pause is None:
                 raise Unavailable(f"the Hub does not take {self._repo}: {problem}") from problem
             self._process.report(Notice(level="warning", message=f"the Hub is away, trying again: {problem}"))
             time.sleep(pause)
         raise AssertionError("the last try returns or raises")
-
-    def _refusal(self, message: str) -> SpecError:
-        return SpecError([Problem(pointer="/repo", message=message)])
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -101,9 +101,9 @@ class RunDir:
         names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
         return [self.attempt(number) for number in sorted(int(n) for n in names if n.isdecimal())]
 
-    def claim_attempt(self, at_least: int = 1) -> Attempt:
+    def claim_attempt(self) -> Attempt:
         """A new attempt's folder. mkdir decides between two that claim at once."""
-        number = max([at_least - 1, *(a.number for a in self.attempts())]) + 1
+        number = max((attempt.number for attempt in self.attempts()), default=0) + 1
         while True:
             attempt = self.attempt(number)
             try:

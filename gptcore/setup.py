@@ -35,7 +35,7 @@ from gptcore.preflight import preflight
 from gptcore.prepare import prepare_builtin
 from gptcore.procs import die_with_parent
 from gptcore.rundir import Attempt, RunDir, datasets_root, runs_root, write_atomically
-from gptcore.spec import Problem, SpecError, TrainSpec, read_spec
+from gptcore.spec import SpecError, TrainSpec, read_spec, refusal
 from gptcore.train import Trainer
 
 PREPARING_SECONDS = 24 * 3600.0
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         spec = read_spec(arguments.spec or RunDir(arguments.run_dir).spec)
         if not isinstance(spec, TrainSpec):
-            raise SpecError([Problem(pointer="/kind", message=f"{spec.kind} is no job for the trainer; use train")])
+            raise refusal("/kind", f"{spec.kind} is no job for the trainer; use train")
         if arguments.spec is not None:
             spec = resolve(spec, datasets_root())
     except SpecError as error:
@@ -134,31 +134,20 @@ def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: A
     forward, replica = wrap(model, compiled, dist)
     report(_started(spec, dataset, planned, dist, hardware.device_name, precision, compiled))
     return Trainer(
-        spec=spec,
-        planned=planned,
-        dist=dist,
-        run=run,
-        attempt=attempt,
-        report=report,
-        model=model,
-        forward=forward,
-        replica=replica,
-        compiled=compiled,
-        precision=precision,
+        spec=spec, planned=planned, dist=dist, run=run, attempt=attempt, report=report,
+        model=model, forward=forward, replica=replica, compiled=compiled, precision=precision,
         optimizers=build_optimizers(model, spec.optim, dist),
-        dataset=dataset,
-        train_windows=Sequence(train_windows, spec.seed),
-        val=val,
+        dataset=dataset, train_windows=Sequence(train_windows, spec.seed), val=val,
         peak_flops=peak_flops(hardware.device_name),
         hellaswag_items=_hellaswag_items() if spec.evaluate.hellaswag else [],
-    )
+    )  # fmt: skip
 
 
 def _hellaswag_items() -> list[Item]:
     try:
         return load_items(datasets_root(), "validation")
     except FileNotFoundError as error:
-        raise SpecError([Problem(pointer="/evaluate/hellaswag", message=str(error))]) from error
+        raise refusal("/evaluate/hellaswag", str(error)) from error
 
 
 def _dataset(spec: TrainSpec, rank: int, report: Report) -> Dataset:
@@ -186,7 +175,7 @@ def _need_windows(spec: TrainSpec, dataset: Dataset, train: Windows, val: Window
                 f"block_size {spec.model.block_size} is longer than any shard of dataset "
                 f"{dataset.name}'s {split} split ({tokens} tokens); use a smaller block_size or more text"
             )
-            raise SpecError([Problem(pointer="/model/block_size", message=message)])
+            raise refusal("/model/block_size", message)
 
 
 def _on_these_ranks(spec: TrainSpec, dist: Dist) -> TrainSpec:
@@ -212,21 +201,13 @@ def _started(
     spec: TrainSpec, dataset: Dataset, planned: Plan, dist: Dist, device_name: str, precision: str, compiled: bool
 ) -> Started:
     return Started(
-        kind=spec.kind,
-        device=dist.device.type,
-        device_name=device_name,
-        world_size=dist.world_size,
-        threads=torch.get_num_threads(),
-        precision=precision,
-        compiled=compiled,
-        micro_batch_size=planned.micro_batch_size,
-        grad_accum_steps=planned.grad_accum_steps,
-        parameters=planned.parameters,
-        total_steps=planned.total_steps,
-        tokens_per_step=planned.tokens_per_step,
+        kind=spec.kind, device=dist.device.type, device_name=device_name, world_size=dist.world_size,
+        threads=torch.get_num_threads(), precision=precision, compiled=compiled,
+        micro_batch_size=planned.micro_batch_size, grad_accum_steps=planned.grad_accum_steps,
+        parameters=planned.parameters, total_steps=planned.total_steps, tokens_per_step=planned.tokens_per_step,
         versions={"python": platform.python_version(), "torch": torch.__version__, "trainmaster": _version()},
         dataset_sha256=dataset.sha256,
-    )
+    )  # fmt: skip
 
 
 def _version() -> str:

@@ -13,16 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from gptcore.presets import PRESETS, closest, expand
 
@@ -37,10 +28,8 @@ _PART = "[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 REPO = rf"^(?!.*(--|\.\.|\.git$)){_PART}/{_PART}$"
 
 
-class Problem(BaseModel):
+class Problem(BaseModel, frozen=True):
     """One thing wrong with a spec. `pointer` is a JSON pointer (RFC 6901) into the request body."""
-
-    model_config = ConfigDict(frozen=True)
 
     pointer: str
     message: str
@@ -54,6 +43,11 @@ class SpecError(ValueError):
         super().__init__("; ".join(f"{p.pointer or '/'}: {p.message}" for p in problems))
 
 
+def refusal(pointer: str, message: str) -> SpecError:
+    """One thing wrong, to be raised."""
+    return SpecError([Problem(pointer=pointer, message=message)])
+
+
 def _known_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
     for task in tasks:
         if not re.fullmatch(TASK, task):
@@ -62,6 +56,27 @@ def _known_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
                 "@10 behind a name shows the model ten solved examples first"
             )
     return tasks
+
+
+def _hub_accepts(repo: str) -> str:
+    if len(repo) > 96 or not re.fullmatch(REPO, repo):
+        raise ValueError(
+            f"repo {repo!r} is no name the Hub accepts; use owner/name of letters, digits, '-', '_' and '.', "
+            "at most 96, without '--', '..' or '.git' at the end"
+        )
+    return repo
+
+
+def _in_order(steps: tuple[int, int]) -> tuple[int, int]:
+    if not 1 <= steps[0] <= steps[1]:
+        raise ValueError(f"profile_steps {list(steps)} is no range; give the first and the last step, from 1")
+    return steps
+
+
+def _stay_inside(path: str) -> str:
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError(f"path {path!r} leaves the datasets root's sources folder; use a relative path")
+    return path
 
 
 Task = Annotated[str, Field(json_schema_extra={"pattern": TASK})]
@@ -220,23 +235,13 @@ class InitSpec(Spec):
 class PublishTarget(Spec):
     """Where on the Hugging Face Hub a model goes, and as what."""
 
-    repo: str = Field(
+    repo: Annotated[str, AfterValidator(_hub_accepts)] = Field(
         description="owner/name; the worker's TRAINMASTER_HF_NAMESPACES must list the owner",
         json_schema_extra={"pattern": REPO, "maxLength": 96},
     )
     private: bool = True
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of the weights in the files")
     license: str | None = Field(None, max_length=100, description="the Hub's name of it, for the model card: mit, ...")
-
-    @field_validator("repo")
-    @classmethod
-    def _hub_accepts(cls, repo: str) -> str:
-        if len(repo) > 96 or not re.fullmatch(REPO, repo):
-            raise ValueError(
-                f"repo {repo!r} is no name the Hub accepts; use owner/name of letters, digits, '-', '_' and '.', "
-                "at most 96, without '--', '..' or '.git' at the end"
-            )
-        return repo
 
 
 class ResourcesSpec(Spec):
@@ -272,15 +277,10 @@ class TrainSpec(JobBase):
     checkpoint: CheckpointSpec = CheckpointSpec()
     sample: SampleSpec | None = None
     init_from: InitSpec | None = None
-    profile_steps: tuple[int, int] | None = Field(None, description="first and last step traced by torch.profiler")
+    profile_steps: Annotated[tuple[int, int], AfterValidator(_in_order)] | None = Field(
+        None, description="first and last step traced by torch.profiler"
+    )
     publish: PublishTarget | None = Field(None, description="the best checkpoint, by a job that follows")
-
-    @field_validator("profile_steps")
-    @classmethod
-    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
-        if steps is not None and not 1 <= steps[0] <= steps[1]:
-            raise ValueError(f"profile_steps {list(steps)} is no range; give the first and the last step, from 1")
-        return steps
 
     @property
     def world_size(self) -> int:
@@ -299,7 +299,9 @@ class SourceSpec(Spec):
     )
 
     format: Literal["text", "jsonl", "parquet", "hub", "shards"]
-    path: str = Field(min_length=1, max_length=500, description="file or folder, relative; hub: a glob of its files")
+    path: Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_stay_inside)] = Field(
+        description="file or folder, relative; hub: a glob of its files"
+    )
     repo: str | None = Field(None, max_length=200, description="hub: the dataset, owner/name")
     field: str = Field("text", max_length=100, description="jsonl, parquet, hub: the text's column")
 
@@ -308,13 +310,6 @@ class SourceSpec(Spec):
         if (self.format == "hub") != (self.repo is not None):
             raise ValueError('repo goes with format "hub", and only with it: the dataset, owner/name')
         return self
-
-    @field_validator("path")
-    @classmethod
-    def _stay_inside(cls, path: str) -> str:
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise ValueError(f"path {path!r} leaves the datasets root's sources folder; use a relative path")
-        return path
 
 
 class PrepareSpec(JobBase):
@@ -385,7 +380,7 @@ def read_spec(path: Path) -> AnySpec:
     try:
         data = json.loads(path.read_text())
     except ValueError as error:
-        raise SpecError([Problem(pointer="", message=f"{path} is not JSON: {error}")]) from error
+        raise refusal("", f"{path} is not JSON: {error}") from error
     return parse_spec(data)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 
-class TrainState(BaseModel):
+class TrainState(BaseModel, ser_json_inf_nan="constants"):
     """Changes as the run goes; stands as JSON in every checkpoint (which keeps floats exactly)."""
-
-    model_config = ConfigDict(validate_assignment=False, ser_json_inf_nan="constants")
 
     step: int = 0  # updates completed, skipped ones among them
     tokens: int = 0

@@ -14,7 +14,7 @@ from gptcore.model import GPT
 from gptcore.origin import locate
 from gptcore.rundir import RunDir
 from gptcore.scorer import Scorer, score_folder, score_ours
-from gptcore.spec import Problem, SourceModel, SpecError, TrainSpec, parse_spec
+from gptcore.spec import SourceModel, TrainSpec, parse_spec, refusal
 from gptcore.tokenizer import load_tokenizer
 
 
@@ -57,19 +57,15 @@ def find_subject(asked: SourceModel, runs: Path, datasets: Path) -> Trained | Hu
     run = RunDir(folder)
     checkpoints = list_checkpoints(run)
     if not checkpoints:
-        raise _refusal("/source", f"{asked.source} has neither config.json nor a complete checkpoint")
+        raise refusal("/source", f"{asked.source} has neither config.json nor a complete checkpoint")
     if asked.step is None:
         chosen = best_checkpoint(run, checkpoints[-1].state()) or checkpoints[-1]
     else:
         of_step = [checkpoint for checkpoint in checkpoints if checkpoint.step == asked.step]
         if not of_step:
             have = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
-            raise _refusal("/step", f"step {asked.step} has no checkpoint in {asked.source}; it has {have}")
+            raise refusal("/step", f"step {asked.step} has no checkpoint in {asked.source}; it has {have}")
         chosen = of_step[-1]
     spec = parse_spec(chosen.meta()["spec"])
     assert isinstance(spec, TrainSpec)
     return Trained(run, chosen, spec, tokenizer_of(datasets, spec.data.dataset))
-
-
-def _refusal(pointer: str, message: str) -> SpecError:
-    return SpecError([Problem(pointer=pointer, message=message)])

@@ -61,10 +61,7 @@ class GPT2Tokenizer:
         import tiktoken
 
         self._encoding = tiktoken.Encoding(
-            "gpt2",
-            pat_str=GPT2_PATTERN,
-            mergeable_ranks=gpt2_ranks(),
-            special_tokens={"<|endoftext|>": GPT2_EOT},
+            "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=gpt2_ranks(), special_tokens={"<|endoftext|>": GPT2_EOT}
         )
 
     def encode(self, text: str) -> np.ndarray:

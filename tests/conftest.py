@@ -86,7 +86,7 @@ def redis_url(redis_server: str) -> str:
 
 @pytest.fixture
 def store(redis_url: str) -> Iterator[Store]:
-    store = Store.connect(redis_url)
+    store = Store(redis_url)
     yield store
     store.close()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,11 +19,13 @@ from rich.console import Console
 
 from gptcore.spec import DataSpec, SpecError
 from trainmaster.client import Client, TrainmasterError
+from trainmaster.mistake import Mistake
+from trainmaster.tables import facts, job_table, jobs_table, keys_table, plan_table
+from worker.settings import BadSetting, Settings
 
 if TYPE_CHECKING:
     from trainmaster.stack import Stack
     from worker.keyring import KeyRing
-    from worker.settings import Settings
 
 app = typer.Typer(
     help="Pretrains GPTs on machines you own.",
@@ -49,10 +51,6 @@ SpecFile = Annotated[
 ]
 
 
-class Mistake(Exception):
-    """Something the user can mend; the message says how."""
-
-
 @app.command()
 def up(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Start the local stack: Redis, the API and a worker. Ctrl-C stops it."""
@@ -72,9 +70,9 @@ def api(
         from trainmaster.serve import listen, serve
         from worker.keyring import KeyRing
 
-        redis_url = _settings().redis_url
+        redis_url = Settings.from_environment().redis_url
         if first_key:
-            KeyRing.connect(redis_url).create_first(first_key)
+            KeyRing(redis_url).create_first(first_key)
         serve(listen(host, port, redis_url))
     elif first_key:
         raise Mistake("--first-key goes with TRAINMASTER_REDIS_URL; use trainmaster keys create")
@@ -97,7 +95,7 @@ def demo(
     """Train a small GPT on this machine from start to finish, in a few minutes."""
     from trainmaster.demo import run_demo
 
-    raise typer.Exit(run_demo(_settings(), url, not _redis_is_given(), as_json))
+    raise typer.Exit(run_demo(Settings.from_environment(), url, not _redis_is_given(), as_json))
 
 
 @app.command()
@@ -119,7 +117,6 @@ def prepare(
 ) -> None:
     """Make a dataset on this machine. Interrupted, it goes on where it stopped."""
     from trainmaster.prepare import Asked, run_prepare
-    from trainmaster.tables import facts
 
     try:
         DataSpec(dataset=name)
@@ -128,8 +125,9 @@ def prepare(
     asked = Asked(text or [], jsonl or [], parquet or [], shards, hub, files, field)
     if problem := asked.problem():
         raise typer.BadParameter(problem)
+    datasets = Settings.from_environment().datasets
     try:
-        dataset = run_prepare(_settings().datasets, name, asked, tokenizer, val_fraction, max_tokens, errors)
+        dataset = run_prepare(datasets, name, asked, tokenizer, val_fraction, max_tokens, errors)
     except (FileNotFoundError, ValueError) as error:
         raise Mistake(str(error)) from error
     if as_json:
@@ -144,12 +142,7 @@ def plan(file: SpecFile, url: Url = None, as_json: AsJson = False) -> None:
     """Show what a spec comes to, or why it cannot run. Without a server it is planned right here."""
     spec = _read_spec(file)
     planned = Client(url).plan(spec) if url else _plan_here(spec)
-    if as_json:
-        _print_json(planned)
-        return
-    from trainmaster.tables import plan_table
-
-    console.print(plan_table(spec["name"], planned["plan"]))
+    _show(planned, as_json, plan_table)
 
 
 @app.command()
@@ -164,10 +157,8 @@ def submit(
     spec = _read_spec(file)
     client = Client(url)
     job = client.submit({**spec, "name": name} if name else spec)
-    if as_json and not watch:
-        _print_json(job)
-    elif not as_json:
-        console.print(f"{job['id']} {job['status']}")
+    if not (as_json and watch):
+        _show(job, as_json, _status)
     if watch:
         raise typer.Exit(_watch(client, job["id"], as_json))
 
@@ -185,7 +176,7 @@ def create_key(
     with _keyring() as ring:
         key, text = ring.create(name, scope)
     if as_json:
-        _print_json({**key.model_dump(mode="json", exclude={"sha256"}), "key": text})
+        typer.echo(json.dumps({**key.model_dump(mode="json", exclude={"sha256"}), "key": text}, indent=2))
     else:
         errors.print(f"key {key.id} of scope {scope}; keep it, it cannot be shown again:")
         typer.echo(text)
@@ -194,14 +185,9 @@ def create_key(
 @keys.command("list")
 def list_keys(as_json: AsJson = False) -> None:
     """List keys, oldest first."""
-    from trainmaster.tables import keys_table
-
     with _keyring() as ring:
         found = [key.model_dump(mode="json", exclude={"sha256"}) for key in ring.all()]
-    if as_json:
-        _print_json(found)
-    else:
-        console.print(keys_table(found))
+    _show(found, as_json, keys_table)
 
 
 @keys.command("revoke")
@@ -219,8 +205,8 @@ def _keyring() -> Iterator[KeyRing]:
     from trainmaster.stack import Stack
     from worker.keyring import KeyRing
 
-    with Stack(_settings(), own_redis=not _redis_is_given(), api=False, worker=False) as stack:
-        ring = KeyRing.connect(stack.redis_url)
+    with Stack(Settings.from_environment(), own_redis=not _redis_is_given(), api=False, worker=False) as stack:
+        ring = KeyRing(stack.redis_url)
         yield ring
         ring.close()
 
@@ -237,22 +223,13 @@ def list_jobs(
     """List jobs, newest first."""
     given = {"status": status, "kind": kind, "label": label, "limit": limit}
     page = Client(url).jobs(**{key: value for key, value in given.items() if value is not None})
-    if as_json:
-        _print_json(page)
-        return
-    from trainmaster.tables import jobs_table
-
-    console.print(jobs_table(page["data"]))
+    _show(page, as_json, jobs_table)
 
 
 @app.command()
 def show(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Show a job."""
-    found = Client(url).job(job)
-    if as_json:
-        _print_json(found)
-    else:
-        _print_job(found)
+    _show(Client(url).job(job), as_json, job_table)
 
 
 @app.command()
@@ -278,26 +255,30 @@ def sample(
 @app.command()
 def cancel(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Ask for a job's end; a running one writes a checkpoint first."""
-    _show_status(Client(url).cancel(job), as_json)
+    _show(Client(url).cancel(job), as_json, _status)
 
 
 @app.command()
 def pause(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Have a job write a checkpoint and wait for `resume`."""
-    _show_status(Client(url).pause(job), as_json)
+    _show(Client(url).pause(job), as_json, _status)
 
 
 @app.command()
 def resume(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Queue a paused job again; it goes on exactly where it was."""
-    _show_status(Client(url).resume(job), as_json)
+    _show(Client(url).resume(job), as_json, _status)
 
 
-def _show_status(job: dict[str, Any], as_json: bool) -> None:
+def _show(answer: Any, as_json: bool, readable: Callable[[Any], Any]) -> None:
     if as_json:
-        _print_json(job)
+        typer.echo(json.dumps(answer, indent=2))
     else:
-        console.print(f"{job['id']} {job['status']}")
+        console.print(readable(answer))
+
+
+def _status(job: dict[str, Any]) -> str:
+    return f"{job['id']} {job['status']}"
 
 
 def main() -> None:
@@ -307,7 +288,7 @@ def main() -> None:
     except SpecError as error:
         for problem in error.problems:
             _complain(f"{problem.pointer or '/'}: {problem.message}")
-    except _expected() as error:
+    except (Mistake, TrainmasterError, BadSetting) as error:
         _complain(str(error))
     else:
         return
@@ -318,27 +299,6 @@ def _complain(message: str) -> None:
     errors.print(message, markup=False, style="red", soft_wrap=True)
 
 
-def _expected() -> tuple[type[Exception], ...]:
-    """Errors whose message is meant for the user; of what was never imported, none can come."""
-    names = [
-        ("trainmaster.part", "PartFailed"),
-        ("trainmaster.redis_server", "NoRedis"),
-        ("trainmaster.serve", "AddressTaken"),
-        ("trainmaster.serve", "KeyNeeded"),
-    ]
-    found = [getattr(sys.modules[module], name) for module, name in names if module in sys.modules]
-    return (*found, Mistake, TrainmasterError)
-
-
-def _settings() -> Settings:
-    from worker.settings import Settings
-
-    try:
-        return Settings.from_environment()
-    except ValueError as error:
-        raise Mistake(str(error)) from error
-
-
 def _redis_is_given() -> bool:
     return bool(os.environ.get("TRAINMASTER_REDIS_URL"))
 
@@ -347,7 +307,7 @@ def _run_stack(**options: Any) -> None:
     """Run a local stack until Ctrl-C."""
     from trainmaster.stack import Stack, interruptible
 
-    settings = _settings()
+    settings = Settings.from_environment()
     try:
         with interruptible(), Stack(settings, own_redis=not _redis_is_given(), **options) as stack:
             _say_where(stack, settings.home)
@@ -361,7 +321,7 @@ def _say_where(stack: Stack, home: Path) -> None:
 
     if stack.url:
         console.print(f"trainmaster is up at [link]{stack.url}[/link]  (API and page; Ctrl-C stops it)")
-        if KeyRing.connect(stack.redis_url).is_empty():
+        if KeyRing(stack.redis_url).is_empty():
             console.print("there is no API key: only this machine can reach it (trainmaster keys create)")
     console.print(f"runs, datasets, Redis and logs are in {home}", markup=False, soft_wrap=True)
 
@@ -387,7 +347,7 @@ def _exported(model: str) -> str:
     """The folder of a job or path, or owner/name of a Hub address."""
     if model.startswith("hf://"):
         return model.removeprefix("hf://")
-    folders = [_settings().runs / model / "export", Path(model)]
+    folders = [Settings.from_environment().runs / model / "export", Path(model)]
     found = [folder for folder in folders if (folder / "config.json").is_file()]
     if not found:
         raise Mistake(f"{model}: no exported model in {' or '.join(map(str, folders))}; a job exports at its end")
@@ -426,18 +386,8 @@ def _watch(client: Client, job_id: str, as_json: bool) -> int:
         return 130
     job = client.job(job_id)
     if not as_json:
-        _print_job(job)
+        console.print(job_table(job))
     return 0 if job["status"] == "succeeded" else 1
-
-
-def _print_job(job: dict[str, Any]) -> None:
-    from trainmaster.tables import job_table
-
-    console.print(job_table(job))
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2))
 
 
 if __name__ == "__main__":

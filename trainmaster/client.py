@@ -18,7 +18,6 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, Self
 
 import httpx2
@@ -68,9 +67,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

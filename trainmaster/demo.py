@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -33,10 +33,8 @@ VAL_LOSS_LIMIT = 1.80
 INTERRUPTED = 130
 
 
-class Result(BaseModel):
+class Result(BaseModel, frozen=True):
     """What --json prints. Losses in nats a byte; null: not known."""
-
-    model_config = ConfigDict(frozen=True)
 
     job_id: str
     status: str
@@ -106,15 +104,12 @@ def _result(client: Client, job: dict[str, Any], settings: Settings, began: floa
     elif export.is_dir():
         sample, problem = _load_and_sample(export)
     result = Result(
-        job_id=job["id"],
-        status=job["status"],
-        val_loss_first=losses[0] if losses else None,
-        val_loss_best=min(losses, default=None),
+        job_id=job["id"], status=job["status"],
+        val_loss_first=losses[0] if losses else None, val_loss_best=min(losses, default=None),
         tokens_per_second=round(statistics.median(speeds), 1) if speeds else None,
-        export_dir=str(export) if export.is_dir() else None,
-        sample=sample,
+        export_dir=str(export) if export.is_dir() else None, sample=sample,
         seconds=round(time.monotonic() - began, 1),
-    )
+    )  # fmt: skip
     return result, problem
 
 

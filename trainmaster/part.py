@@ -11,11 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from gptcore.procs import die_with_parent
+from trainmaster.mistake import Mistake
 
 LOG_LINES = 15
 
 
-class PartFailed(Exception):
+class PartFailed(Mistake):
     """A part ended, or was not ready in time; the message holds the last lines of its log."""
 
 

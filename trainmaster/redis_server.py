@@ -7,7 +7,6 @@ the same over restarts, so clients find a server that another stack started agai
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import re
@@ -16,6 +15,8 @@ import shutil
 import socket
 from pathlib import Path
 
+from gptcore.locks import take
+from trainmaster.mistake import Mistake
 from trainmaster.part import Part
 
 CONFIGURATION = """\
@@ -33,7 +34,7 @@ maxmemory-policy noeviction
 """
 
 
-class NoRedis(Exception):
+class NoRedis(Mistake):
     """There is no Redis server to start; the message says what to install."""
 
 
@@ -67,9 +68,7 @@ class RedisServer:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not take(lock):
                 return None
             return Part("redis", [find_binary(), str(self._write_configuration())], log=self._log, pass_fds=[lock])
         finally:

@@ -30,14 +30,10 @@ def sample(model_name: str, prompt: str, max_tokens: int, temperature: float, se
     given = given[:, -(context - max_tokens) :]  # the oldest tokens of a long prompt do not count
     torch.manual_seed(seed)
     tokens = model.generate(
-        given,
-        attention_mask=torch.ones_like(given),
-        max_new_tokens=max_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or None,
-        pad_token_id=tokenizer.eos_token_id,
+        given, attention_mask=torch.ones_like(given), pad_token_id=tokenizer.eos_token_id,
+        max_new_tokens=max_tokens, do_sample=temperature > 0, temperature=temperature or None,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
-    )
+    )  # fmt: skip
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 

@@ -6,12 +6,14 @@ import ipaddress
 import socket
 import sys
 
+from trainmaster.mistake import Mistake
 
-class AddressTaken(Exception):
+
+class AddressTaken(Mistake):
     """The API cannot listen there."""
 
 
-class KeyNeeded(Exception):
+class KeyNeeded(Mistake):
     """Others can reach that address, and no key says who may."""
 
 
@@ -23,7 +25,7 @@ def listen(host: str, port: int, redis_url: str) -> socket.socket:
         listener = socket.create_server((host, port))
     except OSError as error:
         raise AddressTaken(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
-    if not _is_loopback(listener) and KeyRing.connect(redis_url).is_empty():
+    if not _is_loopback(listener) and KeyRing(redis_url).is_empty():
         listener.close()
         raise KeyNeeded(
             f"{host} is reachable from other machines and there is no API key: anyone could use this server; "

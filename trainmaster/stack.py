@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import httpx2
@@ -21,7 +20,9 @@ from gptcore.procs import adopt_orphans
 from trainmaster.part import Part, PartFailed
 from trainmaster.redis_server import RedisServer
 from trainmaster.serve import listen
+from worker.connection import AWAY
 from worker.place import agent_lock
+from worker.processes import kill
 from worker.settings import Settings
 
 START_SECONDS = 60.0
@@ -71,9 +72,7 @@ class Stack:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
@@ -118,9 +117,7 @@ class Stack:
                 part.stop()
         finally:
             left = psutil.Process().children(recursive=True)
-            for process in left:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            kill(*left)
             psutil.wait_procs(left, timeout=5)
             self._parts.clear()
 
@@ -145,7 +142,7 @@ class Stack:
         try:
             with redis.Redis.from_url(url, retry=None, socket_timeout=1) as client:
                 client.ping()
-        except (redis.ConnectionError, redis.TimeoutError):  # not there yet, or still loading its file
+        except AWAY:  # not there yet, or still loading its file
             return False
         self._settings = replace(self._settings, redis_url=url)
         return True
@@ -162,12 +159,9 @@ class Stack:
         """Start the home's worker unless we run it, or another stack or `trainmaster worker` does."""
         if not self._wanted_worker or self._runs("worker") or is_held(agent_lock(self._settings)):
             return
-        self._start(
-            "worker",
-            [sys.executable, "-m", "worker.agent"],
-            death_signal=signal.SIGTERM,  # its jobs are to write checkpoints
-            stop_seconds=self._settings.grace_seconds + STOP_MARGIN_SECONDS,
-        )
+        command, patience = [sys.executable, "-m", "worker.agent"], self._settings.grace_seconds + STOP_MARGIN_SECONDS
+        # on its death signal its jobs write checkpoints
+        self._start("worker", command, death_signal=signal.SIGTERM, stop_seconds=patience)
 
     def _runs(self, name: str) -> bool:
         return any(part.name == name for part in self._parts)

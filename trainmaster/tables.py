@@ -23,7 +23,8 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def plan_table(name: str, plan: Mapping[str, Any]) -> Table:
+def plan_table(planned: Mapping[str, Any]) -> Table:
+    plan = planned["plan"]
     ranks = f"{plan['world_size']} × {plan['device']}"
     batch = f"{plan['micro_batch_size']} sequences × {plan['grad_accum_steps']} accumulated × {ranks}"
     rows = [
@@ -38,7 +39,7 @@ def plan_table(name: str, plan: Mapping[str, Any]) -> Table:
         ("exports as", plan["native_class"] or f"nothing: {plan['not_exportable_because']}"),
         *(("warning", warning) for warning in plan["warnings"]),
     ]
-    return facts(f"plan of {name}", rows)
+    return facts(f"plan of {planned['spec']['name']}", rows)
 
 
 def _estimate_rows(estimate: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -73,21 +74,18 @@ def job_table(job: Mapping[str, Any]) -> Table:
     return facts(job["name"], [(what, value) for what, value in rows if value])
 
 
-def jobs_table(jobs: Iterable[Mapping[str, Any]]) -> Table:
+def jobs_table(page: Mapping[str, Any]) -> Table:
     table = Table(box=SIMPLE)
     for heading in ("id", "name", "kind", "status", "step", "val loss", "created"):
         table.add_column(heading, no_wrap=heading != "name")
-    for job in jobs:
+    for job in page["data"]:
         best = job["best_checkpoint"]
         table.add_row(
-            job["id"],
-            Text(job["name"]),
-            job["kind"],
-            Text(job["status"], style=STYLES.get(job["status"], "")),
+            job["id"], Text(job["name"]), job["kind"], Text(job["status"], style=STYLES.get(job["status"], "")),
             f"{job['step']}/{job['total_steps'] or '?'}",
             f"{best['val_loss']:.4f}" if best else "",
             moment(job["created_at"], "%m-%d %H:%M"),
-        )
+        )  # fmt: skip
     return table
 
 

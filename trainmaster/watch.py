@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 Event = Mapping[str, Any]
 RECENT_STEPS = 50  # what the time left is reckoned from
@@ -80,27 +80,12 @@ class Follower:
 def follow(events: Iterable[Event], job: Event, console: Console) -> None:
     """Show a job's events until they end: a bar in a terminal, else a line an evaluation."""
     follower = Follower(job["total_steps"])
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    ) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}")
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         bar = progress.add_task(escape(job["name"]), total=job["total_steps"], numbers="")
         for event in events:
             if said := follower.take(event):
                 console.print(f"  {escape(said)}", highlight=False)
-            _show(progress, bar, follower)
-
-
-def _show(progress: Progress, bar: TaskID, follower: Follower) -> None:
-    total = follower.total_steps
-    progress.update(
-        bar,
-        total=total,
-        completed=follower.step,
-        description=f"{follower.phase:<13}",
-        numbers=f"{follower.step}/{total or '?'}  {follower.numbers()}",
-    )
+            total, phase = follower.total_steps, f"{follower.phase:<13}"
+            numbers = f"{follower.step}/{total or '?'}  {follower.numbers()}"
+            progress.update(bar, total=total, completed=follower.step, description=phase, numbers=numbers)

@@ -7,7 +7,6 @@ none; the next agent of the node takes over the workers that it finds.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import platform
@@ -20,14 +19,14 @@ from types import FrameType
 
 import psutil
 
-from gptcore.locks import is_held
+from gptcore.locks import is_held, take
 from worker import tasks
+from worker.connection import AWAY
 from worker.doorbell import Doorbell
 from worker.hardware import find_slots
-from worker.hold import AWAY
 from worker.job import Node, Slot
 from worker.place import agent_lock, node_id, runs_root_id, slot_lock
-from worker.processes import kill
+from worker.processes import kill, lives
 from worker.settings import Settings
 from worker.shipper import ship_rest
 from worker.store import Store
@@ -47,15 +46,12 @@ class Agent:
         """Raises ValueError where the settings do not fit the machine."""
         node = node_id(settings)
         self._settings = settings
-        self._store = Store.connect(settings.redis_url)
+        self._store = Store(settings.redis_url)
         self._rq = tasks.connect(settings)
         self._node = Node(
-            id=node,
-            pool=settings.pool,
-            slots=find_slots(settings, node),
+            id=node, pool=settings.pool, slots=find_slots(settings, node), runs_root=runs_root_id(settings),
             versions={"python": platform.python_version(), **_versions("trainmaster", "torch", "transformers")},
-            runs_root=runs_root_id(settings),
-        )
+        )  # fmt: skip
         self._workers: dict[str, psutil.Process] = {}
         self._started_at: dict[str, float] = {}
         self._hung_since: dict[str, float] = {}
@@ -135,7 +131,7 @@ class Agent:
     def _keep_workers(self) -> None:
         for slot in self._node.slots:
             worker = self._workers.get(slot.id)
-            if worker is not None and _lives(worker):
+            if worker is not None and lives(worker):
                 continue
             if time.monotonic() - self._started_at.get(slot.id, float("-inf")) < RESTART_SECONDS:
                 continue
@@ -179,7 +175,7 @@ class Agent:
             self._store.retire_node(self._node.id)
         except AWAY as error:
             log.warning("Redis is away: %s", error)
-        workers = [worker for worker in self._workers.values() if _lives(worker)]
+        workers = [worker for worker in self._workers.values() if lives(worker)]
         families = [*workers, *(child for worker in workers for child in worker.children(recursive=True))]
         for worker in workers:
             worker.terminate()
@@ -189,13 +185,6 @@ class Agent:
         kill(*late, *psutil.wait_procs(families, timeout=1)[1])
         self._store.close()
         self._rq.close()
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _versions(*packages: str) -> dict[str, str]:
@@ -212,13 +201,12 @@ def main(settings: Settings | None = None) -> int:
     settings = settings or Settings.from_environment()
     settings.runs.mkdir(parents=True, exist_ok=True)
     with agent_lock(settings).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            agent = Agent(settings)
-        except BlockingIOError:
+        if not take(lock.fileno()):
             way_out = "stop it, or set another TRAINMASTER_NODE or TRAINMASTER_HOME"
             log.error("another worker runs on %s as node %s; %s", settings.home, node_id(settings), way_out)
             return 1
+        try:
+            agent = Agent(settings)
         except ValueError as error:
             log.error("%s", error)
             return 1

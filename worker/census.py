@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
-from worker.connection import connect_redis
-from worker.keys import KEYS, script
+from worker.connection import Connected
+from worker.keys import KEYS, scripts
 
 RECENT_EVENTS = 50  # among which a running job's last step is looked for
-
-
-@dataclass
-class Running:
-    tokens_per_second: float | None
-    mfu: float | None
-    train_loss: float | None
-    recovery_seconds: float | None  # from the loss of an attempt until the next one ran, the last time
 
 
 @dataclass
@@ -26,53 +18,35 @@ class Census:
     started: int
     queue_seconds: float  # from submission to start, summed over all that started
     oldest_waiting_seconds: dict[str, float]  # by pool
-    running: dict[str, Running] = field(default_factory=dict)  # by job id
+    running: dict[str, dict[str, float]]  # by job id: what is known of tokens_per_second, mfu, train_loss and
+    # recovery_seconds, from the loss of an attempt until the next one ran, the last time
 
 
-class Counting:
-    """Every method may raise `redis.ConnectionError` or `redis.TimeoutError`."""
-
-    def __init__(self, client: Any):
-        self._redis = client
-        self._count = client.register_script(script("census"))
-
-    @classmethod
-    def connect(cls, url: str) -> Self:
-        return cls(connect_redis(url))
-
-    def close(self) -> None:
-        self._redis.close()
+class Counting(Connected):
+    def __init__(self, url: str):
+        super().__init__(url)
+        self._count = self._redis.register_script(scripts()["census"])
 
     def census(self) -> Census:
         counted = json.loads(self._count())
         running = list(counted.pop("running"))  # an empty table is {} in Lua's JSON
-        found = Census(**counted)
         pipeline = self._redis.pipeline(transaction=False)
         for job_id in running:
             pipeline.hmget(KEYS["job"] + job_id, "tokens_per_second", "mfu")
             pipeline.xrevrange(KEYS["events"] + job_id, count=RECENT_EVENTS)
             pipeline.xrange(KEYS["changes"] + job_id)
         answers = iter(pipeline.execute())
+        found = {}
         for job_id, (speed, mfu), events, changes in zip(running, answers, answers, answers, strict=True):
-            found.running[job_id] = Running(
-                tokens_per_second=_number(speed),
-                mfu=_number(mfu),
-                train_loss=_last_loss(events),
-                recovery_seconds=_last_recovery(changes),
-            )
-        return found
-
-
-def _number(text: str | None) -> float | None:
-    return float(text) if text else None
+            known = {"tokens_per_second": speed, "mfu": mfu, "train_loss": _last_loss(events)}
+            known["recovery_seconds"] = _last_recovery(changes)
+            found[job_id] = {name: float(value) for name, value in known.items() if value is not None}
+        return Census(**counted, running=found)
 
 
 def _last_loss(newest_first: list[Any]) -> float | None:
-    for _, fields in newest_first:
-        event = json.loads(fields["event"])
-        if event["type"] == "step":
-            return float(event["train_loss"])
-    return None
+    events = (json.loads(fields["event"]) for _, fields in newest_first)
+    return next((float(event["train_loss"]) for event in events if event["type"] == "step"), None)
 
 
 def _last_recovery(changes: list[Any]) -> float | None:

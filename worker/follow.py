@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import redis.asyncio
@@ -27,13 +26,10 @@ async def follow_events(
     events_key = KEYS["events"] + job_id
     cursors = {events_key: after.partition(".")[0], KEYS["changes"] + job_id: "0-0"}
     client = redis.asyncio.Redis.from_url(
-        url,
-        decode_responses=True,
+        url, decode_responses=True, retry=Retry(NoBackoff(), 0), socket_timeout=quiet_seconds + 10,
         protocol=2,  # pairs of stream and entries; RESP3 nests them
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=quiet_seconds + 10,
-    )
-    async with _closed_after(client):
+    )  # fmt: skip
+    try:
         if not await client.exists(KEYS["job"] + job_id):
             raise JobNotFound(job_id)
         ended = False
@@ -64,12 +60,6 @@ async def follow_events(
                 if ended or not await client.exists(KEYS["job"] + job_id):
                     return
                 yield None
-
-
-@asynccontextmanager
-async def _closed_after(client: redis.asyncio.Redis) -> AsyncIterator[None]:
-    try:
-        yield
     finally:
         # whoever stops following cancels every await in here; the connection is to be closed all the same
         await asyncio.shield(client.aclose())

@@ -29,20 +29,22 @@ class Gpu:
 
 def gpus() -> list[Gpu]:
     """The NVIDIA GPUs that this process may use; none where there is no nvidia-smi or it sees none."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    if answer.returncode != 0:  # a driver that is not loaded
-        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = []
-    for line in answer.stdout.splitlines():
+    for line in _nvidia_smi("--query-gpu=index,uuid,name,memory.total"):
         index, uuid, name, mebibytes = (cell.strip() for cell in line.split(","))
         if visible is None or {index, uuid} & set(visible.split(",")):
             memory = int(mebibytes) * 2**20 if mebibytes.isdecimal() else None
             found.append(Gpu(int(index), name, memory))
     return found
+
+
+def _nvidia_smi(*query: str) -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return [] if answer.returncode else answer.stdout.splitlines()  # a driver that is not loaded
 
 
 class GpuMemory:
@@ -63,11 +65,8 @@ class GpuMemory:
 
 def _used_mebibytes() -> list[int]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not visible or shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", f"--id={visible}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    return [int(line) for line in answer.stdout.split() if line.isdecimal()]
+    lines = _nvidia_smi(f"--id={visible}", "--query-gpu=memory.used") if visible else []
+    return [int(line) for line in lines if line.strip().isdecimal()]
 
 
 def find_slots(settings: Settings, node: str) -> list[Slot]:

@@ -8,14 +8,12 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import redis
-
+from worker.connection import AWAY
 from worker.job import Ticket
 from worker.store import Store, Superseded
 
 TICK_SECONDS = 0.2
 ASK_SECONDS = 0.5  # between two renewals: each costs both sides a third of a millisecond
-AWAY = (redis.ConnectionError, redis.TimeoutError)
 
 draining = threading.Event()  # set by SIGTERM: leave with a checkpoint, another worker goes on
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import time
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from gptcore.plan import Hardware
 
@@ -43,8 +43,8 @@ def new_job_id() -> str:
     return "job-" + "".join(_ALPHABET[bits >> shift & 31] for shift in range(55, -1, -5))
 
 
-class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+class Record(BaseModel, frozen=True, extra="ignore"):
+    """What a later version added to it is passed over."""
 
 
 class JobError(Record):

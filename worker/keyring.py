@@ -8,9 +8,9 @@ import os
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, get_args
 
-from worker.connection import connect_redis
+from worker.connection import Connected
 from worker.job import Record
 from worker.keys import KEYS
 
@@ -42,19 +42,7 @@ class AuditEntry(Record):
     outcome: str
 
 
-class KeyRing:
-    """Every method may raise `redis.ConnectionError` or `redis.TimeoutError`."""
-
-    def __init__(self, client: Any):
-        self._redis = client
-
-    @classmethod
-    def connect(cls, url: str) -> Self:
-        return cls(connect_redis(url))
-
-    def close(self) -> None:
-        self._redis.close()
-
+class KeyRing(Connected):
     def create(self, name: str, scope: Scope) -> tuple[Key, str]:
         """A new key and its text, which nobody can ask for again."""
         key_id, secret = secrets.token_hex(4), secrets.token_urlsafe(32)

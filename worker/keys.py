@@ -35,10 +35,11 @@ KEYS = {
 }
 
 
-def script(name: str) -> str:
-    """The source of `lua/{name}.lua` with the names and the helpers that all scripts share."""
+def scripts() -> dict[str, str]:
+    """The source of each `lua/{name}.lua`, with the names and the helpers that all scripts share."""
     allowed = {start: dict.fromkeys(ends, True) for start, ends in TRANSITIONS.items()}
     tables = {"K": KEYS, "ALLOWED": allowed, "TERMINAL": dict.fromkeys(sorted(TERMINAL_STATUSES), True)}
     lines = [f"local {table} = cjson.decode([==[{json.dumps(value)}]==])" for table, value in tables.items()]
-    folder = files("worker") / "lua"
-    return "\n".join([*lines, *((folder / f"{part}.lua").read_text() for part in ("shared", name))])
+    parts = {file.name.removesuffix(".lua"): file.read_text() for file in (files("worker") / "lua").iterdir()}
+    before = "\n".join([*lines, parts.pop("shared")])
+    return {name: f"{before}\n{text}" for name, text in parts.items()}

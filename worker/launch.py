@@ -9,7 +9,6 @@ never by an exit code. On several nodes this is the first one's; the others run 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import signal
 import time
@@ -17,12 +16,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from gptcore.events import Failed, Finished, JsonlReport, Notice
-from gptcore.locks import shared
+from gptcore.locks import shared, take
 from gptcore.rundir import RunDir, write_atomically
 from gptcore.spec import AnySpec, PublishSpec, SpecError, parse_spec, read_spec
 from worker import processes, trainer
+from worker.connection import AWAY
 from worker.hardware import GpuMemory
-from worker.hold import AWAY, TICK_SECONDS, Hold, draining, log, patiently
+from worker.hold import TICK_SECONDS, Hold, draining, log, patiently
 from worker.job import JobError, Status, Ticket
 from worker.member import BROKEN_SECONDS, Member
 from worker.place import node_address, runs_root_id, slot_lock
@@ -37,7 +37,7 @@ LOG_LINES = 40  # the last of a failed trainer's, in the job's error
 def run(job_id: str, attempt: int, node_rank: int, slot: str) -> None:
     """The one function that a ticket may call. Does nothing where the ticket is no longer good."""
     settings = Settings.from_environment()
-    store = Store.connect(settings.redis_url, socket_timeout=2.0)
+    store = Store(settings.redis_url, socket_timeout=2.0)
     ticket = Ticket(job_id=job_id, attempt=attempt, node_rank=node_rank, slot=slot)
     # for the agent, which ends launchers that hang
     slot_lock(settings, slot).with_suffix(".ticket").write_text(f"{job_id} {attempt}")
@@ -47,10 +47,7 @@ def run(job_id: str, attempt: int, node_rank: int, slot: str) -> None:
         return
     hold = Hold(store, ticket, settings.grace_seconds)
     try:
-        if node_rank == 0:
-            Launcher(settings, hold).run()
-        else:
-            Member(settings, hold).run()
+        (Launcher if node_rank == 0 else Member)(settings, hold).run()
     except Superseded as superseded:
         log.warning("%s; nothing more is written", superseded)
 
@@ -138,7 +135,7 @@ class Launcher:
         held_by_others = [(attempt, locks.enter_context(attempt.lock.open("a")).fileno()) for attempt in earlier]
         while True:
             told = bool(self._heed())
-            held_by_others = [(attempt, lock) for attempt, lock in held_by_others if not _take(lock)]
+            held_by_others = [(attempt, lock) for attempt, lock in held_by_others if not take(lock)]
             for attempt, _ in held_by_others:
                 if not attempt.stop.exists():
                     write_atomically(attempt.stop, "pause")
@@ -157,14 +154,7 @@ class Launcher:
         if len(self._job.nodes) > 1:
             self._report(rendezvous=meeting.text())
         memory = GpuMemory()
-        tree = processes.Tree(
-            trainer.command(spec, self._settings, self._run_dir.path, self._ticket, meeting),
-            self._ticket,
-            trainer.environment(spec, self._settings),
-            self._run_dir.path,
-            self._attempt.log,
-            self._settings.grace_seconds,
-        )
+        tree = trainer.start(spec, self._settings, self._run_dir.path, self._ticket, meeting, self._attempt.log)
         try:
             while tree.alive():
                 self._send()
@@ -282,14 +272,6 @@ class Launcher:
         job_id, attempt, who = self._job.id, self._ticket.attempt, self._ticket.slot
         most = most or self._settings.max_attempts
         self._hold.insist(lambda: self._hold.store.lose(job_id, attempt, most, error, who=who))
-
-
-def _take(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _text(path: Path) -> str:

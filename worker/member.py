@@ -62,22 +62,15 @@ class Member:
         """Run this node's ranks to their end; why they broke, where they did."""
         run_dir = self._attempt.path.parents[1]
         spec = read_spec(run_dir / "spec.json")
-        tree = processes.Tree(
-            trainer.command(spec, self._settings, run_dir, self._ticket, trainer.Meeting.parse(meeting)),
-            self._ticket,
-            trainer.environment(spec, self._settings),
-            run_dir,
-            self._attempt.log.with_stem(f"train-{self._ticket.node_rank}"),
-            self._settings.grace_seconds,
-        )
+        log = self._attempt.log.with_stem(f"train-{self._ticket.node_rank}")
+        tree = trainer.start(spec, self._settings, run_dir, self._ticket, trainer.Meeting.parse(meeting), log)
         over = False
         while tree.alive():
             try:
-                if self._over():
-                    over = True
-                    tree.end_within(BROKEN_SECONDS)
+                over |= self._over()
             except Superseded:
                 over = True
+            if over:
                 tree.end_within(BROKEN_SECONDS)
             if draining.is_set() and not self._attempt.stop.exists():
                 write_atomically(self._attempt.stop, "pause")  # for all: the first rank reads it

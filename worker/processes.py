@@ -25,14 +25,9 @@ class Tree:
     """A program and everything it starts. Make it in the main thread: death signals follow the thread."""
 
     def __init__(
-        self,
-        command: list[str],
-        ticket: Ticket,
-        environment: Mapping[str, str],
-        folder: Path,
-        log: Path,
+        self, command: list[str], ticket: Ticket, environment: Mapping[str, str], folder: Path, log: Path,
         grace_seconds: float,
-    ):
+    ):  # fmt: skip
         self._marks = {JOB: ticket.job_id, ATTEMPT: str(ticket.attempt), SLOT: ticket.slot}
         self._grace_seconds = grace_seconds
         self._kill_at = float("inf")
@@ -77,8 +72,7 @@ def living(**marks: str) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         try:
             environment = process.environ()
-            marked = all(environment.get(name) == value for name, value in marks.items())
-            if marked and process.status() != psutil.STATUS_ZOMBIE:
+            if marks.items() <= environment.items() and process.status() != psutil.STATUS_ZOMBIE:
                 yield process
         except psutil.Error:  # gone meanwhile, or another user's
             continue
@@ -104,9 +98,16 @@ def read_signature(path: Path) -> psutil.Process | None:
     if boot == _boot_id() and pid.isdecimal():
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(int(pid))
-            if str(process.create_time()) == created and process.status() != psutil.STATUS_ZOMBIE:
+            if str(process.create_time()) == created and lives(process):
                 return process
     return None
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _boot_id() -> str:
@@ -117,7 +118,5 @@ def _boot_id() -> str:
 
 def kill(*processes: psutil.Process) -> None:
     for process in processes:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue

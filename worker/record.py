@@ -22,18 +22,14 @@ def new_record(job_id: str, parent: str | None, spec: AnySpec, plan: Plan | None
     # all else takes one core of one node, whatever the spec asks for
     trains, ranked = isinstance(spec, TrainSpec), isinstance(spec, TrainSpec | EvalSpec)
     fields = {
-        "kind": spec.kind,
-        "name": spec.name,
-        "labels": spec.labels,
-        "spec": spec.model_dump(mode="json"),
-        "plan": plan,
+        "kind": spec.kind, "name": spec.name, "labels": spec.labels,
+        "spec": spec.model_dump(mode="json"), "plan": plan,
         "total_steps": spec.max_steps if isinstance(spec, TrainSpec) else None,
-        "pool": asked.pool,
-        "priority": asked.priority,
+        "pool": asked.pool, "priority": asked.priority,
         "wanted_nodes": asked.nodes if trains else 1,
         "wanted_ranks": asked.ranks_per_node if ranked else 1,
         "wanted_device": asked.device if ranked else "auto",
-    }
+    }  # fmt: skip
     return {"id": job_id, "parent": parent or "", "fields": flat(fields)}
 
 

@@ -11,6 +11,7 @@ from gptcore.events import Finished, parse_event, read_lines
 from gptcore.rundir import Attempt, RunDir
 from worker.job import Status
 from worker.progress import Progress
+from worker.record import place
 from worker.store import Store, Superseded
 
 BATCH_EVENTS = 500
@@ -51,7 +52,7 @@ class Shipper:
             event = parse_event(line)
             changes = self.progress.take(event)
             self.finished |= isinstance(event, Finished)
-            if (number, event.seq) > _pair(self._known):
+            if (number, event.seq) > place(self._known):
                 fresh.append((f"{number}-{event.seq}", line))
                 fields |= {name: value for name, value in changes.items() if value is not None}
         if fresh:
@@ -64,10 +65,10 @@ class Shipper:
         return True
 
     def _begin(self, known: str) -> None:
-        if _pair(known)[0] > self._holder:
+        if place(known)[0] > self._holder:
             raise Superseded(f"attempt {self._holder} of {self._job_id} was given up: {known} is there")
         self._known = known
-        numbers = range(max(1, _pair(known)[0]), self._holder + 1)
+        numbers = range(max(1, place(known)[0]), self._holder + 1)
         self._attempts = [self._run_dir.attempt(number) for number in numbers]
         self._offset = 0
         self.progress = Progress(self._total_steps)
@@ -95,8 +96,3 @@ def ship_rest(store: Store, runs: Path, job_id: str, attempt: int) -> None:
         with suppress(Superseded):
             while shipper.send():
                 pass
-
-
-def _pair(event_id: str) -> tuple[int, int]:
-    attempt, _, seq = event_id.partition("-")
-    return int(attempt), int(seq)

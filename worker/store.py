@@ -1,31 +1,20 @@
 """The truth about jobs and nodes, in Redis. What must happen as a whole is one Lua script (`worker/lua/`).
 
-Nothing here retries. Every method may raise `redis.ConnectionError` or `redis.TimeoutError`.
+Every method may raise `worker.connection.AWAY`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
-
-import redis
+from typing import Any
 
 from gptcore.plan import Hardware, Plan
 from gptcore.spec import AnySpec
-from worker.connection import connect_redis
+from worker.connection import Connected
 from worker.doorbell import Doorbell
-from worker.job import (
-    Job,
-    JobError,
-    JobPage,
-    Node,
-    Status,
-    StatusChange,
-    Ticket,
-    new_job_id,
-)
-from worker.keys import KEYS, script
+from worker.job import Job, JobError, JobPage, Node, Status, StatusChange, Ticket, new_job_id
+from worker.keys import KEYS, scripts
 from worker.record import changes_of, flat, job_of, new_record
 
 LEASE_SECONDS = 12.0  # of an attempt and of a node
@@ -33,11 +22,6 @@ CLAIM_SECONDS = 10.0  # a ticket not started by then is replaced by the next att
 FREEZE_SECONDS = 600.0  # a job that has waited this long lets no smaller one pass
 EVENTS_KEPT = 100_000  # newest of a run in Redis; all of them are in the run directory
 FORGET_NODE_SECONDS = 3600.0
-
-SCRIPTS = (
-    "create", "list", "stop", "resume", "delete", "reserve", "claim", "renew", "leave", "ship", "reassert", "finish",
-    "lose", "retire",
-)  # fmt: skip
 
 
 class JobNotFound(LookupError):
@@ -68,18 +52,11 @@ class NotPossible(RuntimeError):
     """What was asked of a job does not go with its status."""
 
 
-class Store:
-    def __init__(self, client: redis.Redis, url: str):
-        self._redis: Any = client  # typed as bytes or text or a future; here every answer is text
+class Store(Connected):
+    def __init__(self, url: str, socket_timeout: float = 5.0):
+        super().__init__(url, socket_timeout)
         self.url = url
-        self._scripts = {name: client.register_script(script(name)) for name in SCRIPTS}
-
-    @classmethod
-    def connect(cls, url: str, socket_timeout: float = 5.0) -> Self:
-        return cls(connect_redis(url, socket_timeout), url)
-
-    def close(self) -> None:
-        self._redis.close()
+        self._scripts = {name: self._redis.register_script(text) for name, text in scripts().items()}
 
     def ping(self) -> None:
         self._redis.ping()
@@ -116,13 +93,9 @@ class Store:
                 record["fields"] += ["follows", made[-1]["id"]] if made[1:] else []
                 made.append(record)
             outcome, job_id = self._run("create", idempotency_key or "", body_sha256, *map(json.dumps, made))
-            if outcome == "conflict":
+            if why := {"conflict": " with another body", "deleted": ", which was deleted"}.get(outcome):
                 raise IdempotencyConflict(
-                    f"Idempotency-Key {idempotency_key!r} was used for {job_id} with another body; use a new key"
-                )
-            if outcome == "deleted":
-                raise IdempotencyConflict(
-                    f"Idempotency-Key {idempotency_key!r} was used for {job_id}, which was deleted; use a new key"
+                    f"Idempotency-Key {idempotency_key!r} was used for {job_id}{why}; use a new key"
                 )
             if outcome != "taken":
                 return self.get_job(job_id), outcome == "created"

@@ -31,7 +31,8 @@ from rq.serializers import JSONSerializer
 from gptcore.locks import exclusive, is_held
 from gptcore.procs import die_with_parent
 from worker import launch
-from worker.hold import AWAY, TICK_SECONDS, draining
+from worker.connection import AWAY
+from worker.hold import TICK_SECONDS, draining
 from worker.job import JobError, Slot, Ticket
 from worker.place import agent_lock, slot_lock
 from worker.processes import SLOT, kill, living
@@ -106,9 +107,10 @@ class SlotWorker(Worker):
 
     def handle_work_horse_killed(self, job: Job, retpid: Any, ret_val: Any, rusage: Any) -> None:
         """The launcher is dead: say so once nothing of its attempt lives, instead of when its lease runs out."""
-        ticket, settings = Ticket.model_validate(_named(job.args)), Settings.from_environment()
+        settings = Settings.from_environment()
+        ticket = Ticket.model_validate(dict(zip(Ticket.model_fields, job.args, strict=True)))
         message = f"its launcher was killed (wait status {ret_val})"
-        store = Store.connect(settings.redis_url)
+        store = Store(settings.redis_url)
 
         def hold() -> None:
             with suppress(*AWAY, Superseded):
@@ -148,10 +150,6 @@ def _drain(signum: int, frame: FrameType | None) -> None:
     draining.set()
 
 
-def _named(args: Any) -> dict[str, Any]:
-    return dict(zip(("job_id", "attempt", "node_rank", "slot"), args, strict=True))
-
-
 def connect(settings: Settings) -> redis.Redis:
     """RQ's own connection: it reads bytes, and it must not repeat a command that may have run."""
     return redis.Redis.from_url(settings.redis_url, retry=Retry(NoBackoff(), 0), socket_timeout=5.0)
@@ -162,14 +160,9 @@ def hand_over(ticket: Ticket, connection: redis.Redis) -> None:
     queue = Queue(ticket.slot, connection=connection, serializer=JSONSerializer, job_class=TicketJob)
     try:
         queue.enqueue_call(
-            FUNCTION,
-            args=[ticket.job_id, ticket.attempt, ticket.node_rank, ticket.slot],
-            timeout=-1,
-            result_ttl=RESULT_SECONDS,
-            failure_ttl=RESULT_SECONDS,
-            job_id=ticket.id,
-            unique=True,
-        )
+            FUNCTION, args=[*ticket.model_dump().values()], job_id=ticket.id, unique=True,
+            timeout=-1, result_ttl=RESULT_SECONDS, failure_ttl=RESULT_SECONDS,
+        )  # fmt: skip
     except DuplicateJobError:
         return
 
@@ -201,11 +194,8 @@ def main(slot: Slot) -> None:
         worker = SlotWorker(
             [slot.id],
             name=f"{slot.id}-{uuid.uuid4().hex}",  # RQ takes a dead worker's name for a living one
-            connection=connect(settings),
-            serializer=JSONSerializer,
-            job_class=TicketJob,
-            worker_ttl=WORKER_SECONDS,
-        )
+            connection=connect(settings), serializer=JSONSerializer, job_class=TicketJob, worker_ttl=WORKER_SECONDS,
+        )  # fmt: skip
         worker.work(logging_level="WARNING")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from gptcore.spec import AnySpec, EvalSpec, TrainSpec
+from worker import processes
 from worker.job import Ticket
 from worker.settings import Settings
 
@@ -38,6 +39,13 @@ class Meeting:
         return cls(address, int(port))
 
 
+def start(
+    spec: AnySpec, settings: Settings, run_dir: Path, ticket: Ticket, meeting: Meeting, log: Path
+) -> processes.Tree:
+    arguments = command(spec, settings, run_dir, ticket, meeting)
+    return processes.Tree(arguments, ticket, environment(spec, settings), run_dir, log, settings.grace_seconds)
+
+
 def command(spec: AnySpec, settings: Settings, run_dir: Path, ticket: Ticket, meeting: Meeting) -> list[str]:
     arguments = [str(run_dir), "--attempt", str(ticket.attempt)]
     if settings.trainer:
@@ -48,14 +56,9 @@ def command(spec: AnySpec, settings: Settings, run_dir: Path, ticket: Ticket, me
         return [sys.executable, "-u", "-m", MODULES[spec.kind], *arguments]
     # max-restarts 0: another attempt is the job system's to make, with a checkpoint and a new number
     torchrun = {
-        "nnodes": nodes,
-        "nproc-per-node": ranks,
-        "max-restarts": 0,
-        "rdzv-backend": "static",
-        "node-rank": ticket.node_rank,
-        "master-addr": meeting.address,
-        "master-port": meeting.port,
-    }
+        "nnodes": nodes, "nproc-per-node": ranks, "max-restarts": 0, "rdzv-backend": "static",
+        "node-rank": ticket.node_rank, "master-addr": meeting.address, "master-port": meeting.port,
+    }  # fmt: skip
     options = [f"--{name}={value}" for name, value in torchrun.items()]
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", MODULES[spec.kind], *arguments]
 

@@ -82,7 +82,8 @@ class FakeRun:
         ticket = Ticket(job_id=self.id, attempt=self.number, node_rank=0, slot=job.nodes[0].slot)
         assert self._store.claim(ticket, "boot")
         self._store.report(self.id, self.number, {}, status="running")
-        self._attempt = self._dir.claim_attempt(self.number)
+        self._attempt = self._dir.attempt(self.number)
+        self._attempt.path.mkdir(parents=True)
         self._report, self._shipped = JsonlReport(self._attempt.events, self.number), 0
 
     def write(self, *events: EventBase, ship: bool = True) -> None:

@@ -20,7 +20,7 @@ Ask = Callable[..., httpx2.Response]
 
 @pytest.fixture
 def ring(redis_url: str) -> Iterator[KeyRing]:
-    ring = KeyRing.connect(redis_url)
+    ring = KeyRing(redis_url)
     yield ring
     ring.close()
 

@@ -91,7 +91,7 @@ def test_the_server_does_what_its_description_says(
 ) -> None:
     waiting = server.http.post("/jobs", json=train_spec(resources={"pool": "other"})).json()["id"]
     ids = {"run": a_run(new_run), "ended": a_run(new_run), "waiting": waiting}
-    key = KeyRing.connect(redis_url).create("fuzz", "admin")[1]
+    key = KeyRing(redis_url).create("fuzz", "admin")[1]
     config = CONFIG.format(key=key)
     fuzz(server, tmp_path, config + PARAMETERS.format(**ids), "examples,fuzzing" + ",coverage" * DEEP)
     if DEEP:

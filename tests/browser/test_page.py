@@ -156,7 +156,7 @@ def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(
     complaints.expected = ".* status of 401"
     feed(run, 1, 10)
     run.log_file.write_text("loss 2.5")
-    text = KeyRing.connect(redis_url).create("me", "submit")[1]
+    text = KeyRing(redis_url).create("me", "submit")[1]
     page.goto(f"{server.url}/#{run.id}")
     for key in ("tm_no_key", text):
         page.get_by_role("textbox", name="This server asks for").fill(key)

@@ -127,7 +127,7 @@ class World:
             prepare(self.settings.datasets, "tiny", text_files(TEXTS), "bytes", val_fraction=0.2)
             self._start_redis_first()
             self._tender.start()
-            self.store = Store.connect(self.settings.redis_url)
+            self.store = Store(self.settings.redis_url)
             self.redis: Any = redis.Redis.from_url(self.settings.redis_url, decode_responses=True)
             self.http = httpx2.Client(base_url=self.url, timeout=30.0, trust_env=False)
             self._clients = [self.store, self.redis, self.http]

@@ -103,7 +103,7 @@ def test_a_setting_that_cannot_be_is_named(home: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("TRAINMASTER_DEVICE", "tpu")
     done = run("up")
     assert done.returncode == 1
-    assert done.stderr.startswith("TRAINMASTER_DEVICE 'tpu' is unknown")
+    assert done.stderr.startswith("TRAINMASTER_DEVICE 'tpu': input should be 'auto', 'cpu' or 'cuda'")
 
 
 def test_prepare_takes_rows_and_shards_too(home: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_concurrent_schedulers_never_give_a_slot_twice(store: Store, redis_url: 
     ended: list[str] = []
 
     def work(worker: int) -> None:
-        mine = Store.connect(redis_url)
+        mine = Store(redis_url)
         while len(ended) < len(jobs):
             mine.reserve("default")
             for ticket in mine.outbox():

@@ -23,17 +23,11 @@ def _in_lua(part: str, *texts: tuple[str, str]) -> Change:
     """Other texts in the scripts; each old one must stand in `part`."""
 
     def change(keys: Any) -> None:
-        script = keys.script
-        for old, _ in texts:
-            assert old in script(part), f"{old!r} is not in {part}.lua"
-
-        def changed(name: str) -> str:
-            text: str = script(name)
-            for old, new in texts:
-                text = text.replace(old, new)
-            return text
-
-        keys.script = changed
+        scripts = keys.scripts()
+        for old, new in texts:
+            assert old in scripts[part], f"{old!r} is not in {part}.lua"
+            scripts = {name: text.replace(old, new) for name, text in scripts.items()}
+        keys.scripts = lambda: scripts
 
     return change
 
@@ -55,9 +49,9 @@ def _unique_tickets(tasks: Any) -> None:
     _replaced(tasks, "Queue", Queue)
 
 
-def _no_retries(store: Any) -> None:
+def _no_retries(connection: Any) -> None:
     # what redis-py does where nothing is said
-    _replaced(store, "Retry", lambda backoff, retries: Retry(ExponentialBackoff(cap=1, base=0.1), 10))
+    _replaced(connection, "Retry", lambda backoff, retries: Retry(ExponentialBackoff(cap=1, base=0.1), 10))
 
 
 def _last_event_first(launch: Any) -> None:
@@ -116,8 +110,8 @@ def _reship(shipper: Any) -> None:
     _replaced(shipper, "ship_rest", lambda *_: None)
 
 
-def _patience(hold: Any) -> None:
-    _replaced(hold, "AWAY", ())
+def _patience(holder: Any) -> None:
+    _replaced(holder, "AWAY", ())
 
 
 def _worker_patience(worker: Any) -> None:
@@ -149,19 +143,19 @@ GUARDS: dict[str, dict[str, Change]] = {
     "event-ids": {
         "worker.keys": _in_lua(
             "ship",
-            ("if newer(ARGV[index], newest) then", "if true then"),
+            ("if newer(ARGV[index], known) then", "if true then"),
             ("most, ARGV[index], 'event'", "most, '*', 'event'"),
         )
     },
     "unique-tickets": {"worker.tasks": _unique_tickets},
-    "no-retries": {"worker.store": _no_retries},
+    "no-retries": {"worker.connection": _no_retries},
     "last-event-first": {"worker.launch": _last_event_first},
     "whole-checkpoints": {"gptcore.checkpoint": _whole_checkpoints},
     "outbox-order": {"worker.store": _outbox_order},
     "kill-after-grace": {"worker.processes": _kill_after_grace},
     "lease-gap": {"worker.keys": _in_lua("lose", ("if math.abs(time - last) > lease / 2 then", "if false then"))},
     "reship": {"worker.shipper": _reship},
-    "patience": {"worker.hold": _patience},
+    "patience": {"worker.hold": _patience, "worker.launch": _patience},
     "worker-patience": {"rq.worker": _worker_patience},
     "idempotency": {"worker.store": _idempotency},
     "append-only": {},  # the world's own: see World
