@@ -69,6 +69,8 @@ def _last_event_first(launch: Any) -> None:
 
 
 def _whole_checkpoints(checkpoint: Any) -> None:
+    from gptcore import rundir  # not sooner: this module is there before the product is
+
     def write(self: Any, step: int, meta: Any, weights: Any, moments: Any, best: Any) -> Any:
         final = self._folder(step)
         final.mkdir(parents=True)
@@ -79,7 +81,7 @@ def _whole_checkpoints(checkpoint: Any) -> None:
         return checkpoint.Saved(step, str(final.relative_to(self._run.path)), 0, 0.0, None)
 
     _replaced(checkpoint.Saver, "_write", write)
-    _replaced(checkpoint, "_complete", lambda path: True)
+    _replaced(rundir, "_has_noted_sizes", lambda path: True)
 
 
 def _outbox_order(store: Any) -> None:
