@@ -129,7 +129,8 @@ def _rows(table: Any, field: str, skip: int) -> Iterator[tuple[int, str]]:
     for group in range(table.num_row_groups):
         rows = table.metadata.row_group(group).num_rows
         if skip < first + rows:
-            texts = table.read_row_group(group, columns=[field]).column(field).to_pylist()
+            # without pyarrow's threads: one that still holds the file as Python ends takes the process down
+            texts = table.read_row_group(group, columns=[field], use_threads=False).column(field).to_pylist()
             begin = max(0, skip - first)
             yield from ((first + i, str(texts[i])) for i in range(begin, rows))
         first += rows

@@ -32,7 +32,7 @@ def test_a_product_and_its_gradients_are_those_of_float64(compiled: bool, monkey
 def test_a_product_by_onednn_is_what_runs_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16)
     monkeypatch.setattr(kernels, "SMALLEST_PRODUCT", 0)
-    with torch.profiler.profile() as ran:
+    with torch.autograd.profiler.profile() as ran:
         linear(x, weight, None)
     assert any("_linear_pointwise" in event.key for event in ran.key_averages()) == kernels.ONEDNN
     with torch.autocast("cpu", torch.bfloat16):
