@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # torch sends float32 products to MKL, which runs at half speed on AMD; oneDNN, in the same wheel, does not
-ONEDNN = platform.machine() == "x86_64" and torch.backends.mkldnn.is_available()
+ONEDNN = platform.machine() == "x86_64" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SMALLEST_PRODUCT = 2**24  # multiplications: under it, one more call costs what oneDNN saves
 QUERY_BLOCK = 128  # rows of scores at once: they stay in the cache, and half of the masked part is never computed
 
