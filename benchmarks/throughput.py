@@ -1,6 +1,6 @@
 """Tokens a second of whole training steps on this CPU: ours beside transformers and litgpt, and beside the machine.
 
-    python benchmarks/throughput.py [--full] [--rounds 6] [--json FILE]
+    python benchmarks/throughput.py [--full] [--rounds 5] [--json FILE]
 
 Each contender is a process of its own with the same shapes, batch, precision, threads and torch; they take turns,
 one step each, so that a busy moment of the machine meets all of them. A step is forward, backward, clipping and
@@ -209,8 +209,12 @@ class Contender:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=environment,
         )  # fmt: skip
-        self.start_seconds = self._read()
+        self.start_seconds = 0.0
         self.seconds: list[float] = []
+
+    def await_start(self) -> None:
+        """Compiled and warm: all contenders do so at once, before the first turn."""
+        self.start_seconds = self._read()
 
     def _read(self) -> float:
         assert self._process.stdout
@@ -238,6 +242,8 @@ def contest(preset: str, precision: str, compiled: bool, rounds: int) -> Iterato
         names.remove("litgpt")
     with ExitStack() as stack:
         contenders = [stack.enter_context(Contender(name, preset, precision, compiled)) for name in names]
+        for contender in contenders:
+            contender.await_start()
         for _ in range(rounds):
             for contender in contenders:
                 contender.step()
@@ -277,7 +283,7 @@ def report(table: Table, preset: str, precision: str, compiled: bool, rounds: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULTS / "throughput.json")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="the eager runs too")
     parser.add_argument("--model", choices=MODELS, action="append", help="only these")
     parser.add_argument("--precision", choices=TARGETS, action="append", help="only these")
