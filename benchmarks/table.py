@@ -72,7 +72,9 @@ class Table:
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         beside = self._file.with_suffix(".tmp")
-        beside.write_text(json.dumps({"command": sys.argv, "machine": self.machine, "rows": self.rows}, indent=1))
+        # where a file lay on this machine says nothing on another
+        command = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
+        beside.write_text(json.dumps({"command": command, "machine": self.machine, "rows": self.rows}, indent=1))
         beside.replace(self._file)
 
     @property
