@@ -363,7 +363,7 @@ def _plan_here(data: dict[str, Any]) -> dict[str, Any]:
 
     spec = parse_spec(data)
     if not isinstance(spec, TrainSpec):
-        raise Mistake(f"a {spec.kind} job needs no plan; submit it")
+        raise Mistake(f"{spec.kind} jobs need no plan: submit it")
     spec = resolve(spec, datasets_root())
     device = "cpu" if spec.resources.device == "auto" else spec.resources.device
     planned = plan_spec(spec, Hardware(device=device, ranks=spec.resources.ranks_per_node))

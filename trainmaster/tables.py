@@ -24,7 +24,9 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def plan_table(planned: Mapping[str, Any]) -> Table:
-    plan = planned["plan"]
+    plan, title = planned["plan"], f"plan of {planned['spec']['name']}"
+    if plan is None:  # only training has numbers that follow from its spec
+        return facts(title, [("plan", f"{planned['spec']['kind']} jobs need none: submit it")])
     ranks = f"{plan['world_size']} × {plan['device']}"
     batch = f"{plan['micro_batch_size']} sequences × {plan['grad_accum_steps']} accumulated × {ranks}"
     rows = [
@@ -39,7 +41,7 @@ def plan_table(planned: Mapping[str, Any]) -> Table:
         ("exports as", plan["native_class"] or f"nothing: {plan['not_exportable_because']}"),
         *(("warning", warning) for warning in plan["warnings"]),
     ]
-    return facts(f"plan of {planned['spec']['name']}", rows)
+    return facts(title, rows)
 
 
 def _estimate_rows(estimate: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from rich.console import Console
 
 from tests.conftest import free_port, wait_until
 from tests.trainmaster.conftest import Start, run
 from trainmaster import Client
+from trainmaster.tables import plan_table
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.json"
 
@@ -155,3 +157,10 @@ def _status(port: int) -> int | None:
         return httpx2.get(f"http://127.0.0.1:{port}/jobs", trust_env=False).status_code
     except httpx2.TransportError:
         return None
+
+
+def test_a_job_without_a_plan_is_shown_as_one_that_needs_none() -> None:
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(plan_table({"spec": {"kind": "prepare", "name": "books"}, "plan": None}))
+    assert "plan of books" in shown.get() and "prepare jobs need none" in shown.get()
