@@ -27,8 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     another = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     if another or not ONEDNN or x.numel() * weight.shape[0] < SMALLEST_PRODUCT:
         return F.linear(x, weight, bias)
-    flat: Tensor = torch.ops.gptcore.product(x.reshape(-1, x.shape[-1]), weight, bias)
-    return flat.view(*x.shape[:-1], weight.shape[0])
+    return torch.ops.gptcore.product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -40,8 +39,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        output: Tensor = torch.ops.gptcore.attention(q, k, v)[0]
-        return output
+        return torch.ops.gptcore.attention(q, k, v)[0]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -65,10 +63,9 @@ def _keep_product(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    product = torch.ops.gptcore.product
     return (
-        product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None,
-        product(grad.t(), x.t(), None) if ctx.needs_input_grad[1] else None,
+        torch.ops.gptcore.product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None,
+        torch.ops.gptcore.product(grad.t(), x.t(), None) if ctx.needs_input_grad[1] else None,
         grad.sum(0) if ctx.has_bias else None,
     )
 
@@ -157,8 +154,7 @@ def _as_heads(x: Tensor) -> Tensor:
 
 
 def _empty_heads(x: Tensor) -> Tensor:
-    B, H, T, D = x.shape
-    return x.new_empty(B, T, H, D).transpose(1, 2)
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _on_values(operator: Callable[..., Any]) -> Callable[..., Any]:
