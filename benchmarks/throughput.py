@@ -42,11 +42,11 @@ def spec_of(preset: str) -> ModelSpec:
 
 def ours(spec: ModelSpec, precision: str, compiled: bool) -> Callable[[], None]:
     import torch
-    from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+    from torch.nn.utils import get_total_norm
 
     from gptcore.dist import start
     from gptcore.model import GPT
-    from gptcore.optim import build_optimizers
+    from gptcore.optim import build_optimizers, update
     from gptcore.setup import wrap
     from gptcore.spec import OptimSpec
 
@@ -62,11 +62,7 @@ def ours(spec: ModelSpec, precision: str, compiled: bool) -> Callable[[], None]:
             loss = forward(tokens, tokens)
         loss.backward()
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if float(norm) > 1.0:  # as Trainer.step does
-            clip_grads_with_norm_(parameters, 1.0, norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        update(optimizers, norm if float(norm) > 1.0 else None)  # to a norm of 1, as Trainer.step does
 
     return step
 

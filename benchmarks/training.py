@@ -125,7 +125,9 @@ class Stepper:
     def step(self) -> Any:
         """Forward and backward of each micro-batch, clip, update → the mean loss (), still on the device."""
         import torch
-        from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+        from torch.nn.utils import get_total_norm
+
+        from gptcore.optim import update
 
         total = torch.zeros((), device=self.device)
         for tokens, targets in self.batches:
@@ -133,12 +135,8 @@ class Stepper:
                 loss = self.loss(tokens, targets) / len(self.batches)
             loss.backward()
             total += loss.detach()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters])
-        clip_grads_with_norm_(parameters, 1.0, norm)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        update(self.optimizers, norm.clamp(min=1.0))  # to a norm of 1, without asking the device for it
         return total
 
     def seconds(self, steps: int) -> list[float]:

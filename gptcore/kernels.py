@@ -5,6 +5,7 @@ Both are exact: what changes is the order of the sums. Measured in docs/benchmar
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 from collections.abc import Callable
@@ -107,17 +108,26 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale = q.shape[3] ** -0.5
     shared = _grouped((grad.float() * output.float()).sum(-1, keepdim=True), k)
-    grad_q, grad_k, grad_v = [], torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+    grads_q, grads_k, grads_v = [], [], []
     for rows in _blocks(q):
         seen = slice(rows.stop)
         weights = (_scores(q, k, rows) - log_sum[:, :, :, rows]).exp()
         grad_rows = _grouped(grad[:, :, rows], k)
         grad_weights = _rows_times(grad_rows, v[:, :, seen].mT).float()
         grad_scores = (weights * (grad_weights - shared[:, :, :, rows]) * scale).to(q.dtype)
-        grad_q.append(_rows_times(grad_scores, k[:, :, seen]).flatten(1, 2))
-        grad_k[:, :, seen] += grad_scores.flatten(2, 3).mT @ _grouped(q[:, :, rows], k).flatten(2, 3)
-        grad_v[:, :, seen] += weights.to(q.dtype).flatten(2, 3).mT @ grad_rows.flatten(2, 3)
-    return _as_heads(torch.cat(grad_q, 2)), _as_heads(grad_k.to(k.dtype)), _as_heads(grad_v.to(v.dtype))
+        grads_q.append(_rows_times(grad_scores, k[:, :, seen]).flatten(1, 2))
+        grads_k.append(grad_scores.flatten(2, 3).mT @ _grouped(q[:, :, rows], k).flatten(2, 3))
+        grads_v.append(weights.to(q.dtype).flatten(2, 3).mT @ grad_rows.flatten(2, 3))
+    return _as_heads(torch.cat(grads_q, 2)), _summed(grads_k), _summed(grads_v)
+
+
+def _summed(grads: list[Tensor]) -> Tensor:
+    """Of each block of queries the gradient of the keys that it saw (B, K, seen, D) → of all keys (B, K, T, D)."""
+    sums = [
+        functools.reduce(torch.add, [grad[:, :, block].float() for grad in grads[number:]])
+        for number, block in enumerate(_blocks(grads[-1]))
+    ]
+    return _as_heads(torch.cat(sums, 2).to(grads[0].dtype))
 
 
 def _attention_backward_shape(

@@ -95,6 +95,14 @@ class Attention(nn.Module):
         return self.q_norm(q), self.k_norm(k)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form (Hendrycks & Gimpel 2016), x's shape and dtype."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    wide = x.float()  # 1 + tanh(u) is 2 sigmoid(2 u), and an exponential takes half a tanh's time
+    return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
+
+
 class MLP(nn.Module):
     """GELU (tanh form, as GPT-2's), ReLU² (So et al. 2021) or SwiGLU (Shazeer 2020)."""
 
@@ -110,7 +118,7 @@ class MLP(nn.Module):
             return self.down(F.silu(self.gate(x)) * self.up(x))
         if self.kind == "relu2":
             return self.down(F.relu(self.up(x)).square())
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(gelu(self.up(x)))
 
 
 class Block(nn.Module):
@@ -214,8 +222,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """tokens, targets (B, T) int64 → mean cross-entropy () float32, nats a token."""
-        hidden = self.hidden(tokens).flatten(0, 1)
-        return chunked_cross_entropy(self, hidden, targets.flatten())
+        return chunked_cross_entropy(self, self.hidden(tokens).flatten(0, 1), targets.flatten())
 
 
 def chunked_cross_entropy(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -225,13 +232,22 @@ def chunked_cross_entropy(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor
     a step by far. Each chunk's logits are made again in the backward pass.
     """
     rows = max(1, LOSS_CHUNK_ELEMENTS // model.spec.padded_vocab_size)
-    if targets.numel() <= rows:
-        return F.cross_entropy(model.head(hidden), targets, ignore_index=IGNORED)
 
     def chunk_loss(part: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(model.head(part), wanted, ignore_index=IGNORED, reduction="sum")
+        return summed_cross_entropy(model.head(part), wanted)
 
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-        total = total + checkpoint(chunk_loss, part, wanted, use_reentrant=False)
+    if targets.numel() <= rows:
+        total = chunk_loss(hidden, targets)
+    else:
+        parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+        total = torch.stack([checkpoint(chunk_loss, *part, use_reentrant=False) for part in parts]).sum()
     return total / (targets != IGNORED).sum()
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (N, V) float32, targets (N,) → the sum () over the targets that are not IGNORED."""
+    if not torch.compiler.is_compiling():
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    # the compiler would go twice over F.cross_entropy's gradient: once for a sum that is known to be -1
+    log_sums = torch.where(targets == IGNORED, 0.0, logits.logsumexp(-1))
+    return log_sums.sum() + F.nll_loss(logits, targets, ignore_index=IGNORED, reduction="sum")

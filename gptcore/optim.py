@@ -85,12 +85,25 @@ def build_optimizers(model: GPT, optim: OptimSpec, dist: Dist) -> Optimizers:
     return built
 
 
+def update(optimizers: Optimizers, grad_scale: Tensor | None) -> None:
+    """One step of each; the gradients, gone after it, are divided by grad_scale () where there is one.
+
+    The optimisers divide as they read, so that clipping costs no pass over the gradients of its own.
+    """
+    for optimizer in optimizers:
+        optimizer.grad_scale = grad_scale  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), for the hidden matrices.
 
     Each matrix has an owner rank that alone keeps its momentum and computes its update; the new
     weights are then shared. Matrices of one shape are orthogonalised in one batch.
     """
+
+    grad_scale: Tensor | None = None  # what gradients are divided by, as in torch's fused AdamW
 
     def __init__(self, params: Iterable[Any], *, lr: float, momentum: float, dist: Dist, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -117,6 +130,8 @@ class Muon(torch.optim.Optimizer):
         lr, momentum = group["lr"], group["momentum"]
         grads = [p.grad for p in parameters if p.grad is not None]
         assert len(grads) == len(parameters), "a hidden matrix without a gradient"
+        if self.grad_scale is not None:
+            torch._foreach_div_(grads, self.grad_scale)
         buffers = [self._momentum(p) for p in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         nesterov = torch._foreach_lerp(grads, buffers, momentum)

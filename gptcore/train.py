@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from gptcore import device as devices
 from gptcore import events, guard, hellaswag
@@ -26,7 +26,7 @@ from gptcore.export import export_model
 from gptcore.failure import Diverged
 from gptcore.model import GPT
 from gptcore.native import native_class
-from gptcore.optim import Optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
+from gptcore.optim import Optimizers, load_optimizer_tensors, optimizer_tensors, set_lr, update
 from gptcore.origin import load_origin
 from gptcore.plan import Plan
 from gptcore.rundir import Attempt, RunDir
@@ -138,13 +138,10 @@ class Trainer:
         train_loss, grad_norm, stop = self._agree(loss, norm)
         verdict = guard.judge(state, train_loss, grad_norm)
         if verdict is None:
-            if spec.optim.grad_clip is not None and grad_norm > spec.optim.grad_clip:
-                clip_grads_with_norm_(self.parameters, spec.optim.grad_clip, norm)
-            for optimizer in self.optimizers:
-                optimizer.step()
+            clip = spec.optim.grad_clip
+            update(self.optimizers, norm / clip if clip is not None and grad_norm > clip else None)
             guard.accept(state, train_loss, grad_norm)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         state.step += 1
         state.tokens += spec.tokens_per_step
         state.position += self._sequences_per_step

@@ -6,7 +6,16 @@ import torch
 
 from gptcore.dist import Dist
 from gptcore.model import GPT
-from gptcore.optim import Muon, build_optimizers, lr_factor, orthogonalise, parameter_groups, set_lr
+from gptcore.optim import (
+    Muon,
+    build_optimizers,
+    lr_factor,
+    optimizer_tensors,
+    orthogonalise,
+    parameter_groups,
+    set_lr,
+    update,
+)  # fmt: skip
 from gptcore.spec import OptimSpec
 from tests.gptcore.conftest import FAMILIES, randomised, tiny_model
 
@@ -109,3 +118,23 @@ def test_a_muon_step_leaves_nothing_unmoved() -> None:
     for optimizer in optimizers:
         optimizer.step()
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_update_divides_gradients_as_clipping_before_it_does(name: str) -> None:
+    optim = OptimSpec.model_validate({"name": name, "lr": 0.01})
+    one, other = (randomised(tiny_model("qwen3")) for _ in range(2))
+    theirs, ours = (build_optimizers(model, optim, ALONE) for model in (one, other))
+    tokens = torch.randint(0, 96, (2, 16))
+    for model, optimizers in ((one, theirs), (other, ours)):
+        set_lr(optimizers, 0, optim, 10)
+        model(tokens, tokens).backward()
+    norm = torch.nn.utils.clip_grad_norm_(one.parameters(), 0.5)
+    assert norm > 1
+    update(theirs, None)
+    update(ours, norm / 0.5)
+    assert all(p.grad is None for p in other.parameters())
+    clipped, divided = optimizer_tensors(one, theirs, ALONE), optimizer_tensors(other, ours, ALONE)
+    assert clipped.keys() == divided.keys()
+    for key, state in clipped.items():
+        torch.testing.assert_close(divided[key], state, rtol=1e-4, atol=1e-12)
