@@ -15,8 +15,8 @@ from gptcore.dist import Dist
 from gptcore.plan import Hardware
 from gptcore.spec import TrainSpec
 
-# Below this much work a CPU run ends sooner without compiling (about 40 s on two cores).
-CPU_COMPILE_FLOPS = 1e15
+# Below this much work a CPU run ends no sooner compiled: that takes 25 to 50 s, measured in docs/benchmarks.md
+CPU_COMPILE_FLOPS = 1e14
 
 
 def hardware(dist: Dist) -> Hardware:

@@ -270,7 +270,7 @@ class TrainSpec(JobBase):
         "auto", description="sequences per rank per forward pass"
     )
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: bool | Literal["auto"] = "auto"
+    compile: bool | Literal["auto"] = Field("auto", description="auto: on a CPU only runs long enough to win it back")
     activation_checkpointing: bool = False
     seed: int = Field(1337, ge=0, lt=2**63)
     evaluate: EvaluateSpec = EvaluateSpec()
