@@ -31,9 +31,8 @@ from worker.settings import Settings
 from worker.shipper import ship_rest
 from worker.store import Store
 
-TICK_SECONDS = 0.3  # between two looks at the workers, and for an end that is asked for
-LOOK_SECONDS = 1.0  # at most between two looks at the queue; the doorbell makes it less
-HEARTBEAT_SECONDS = 2.0  # and of looking for lost attempts
+TICK_SECONDS = 0.5  # between two looks at the workers, and for an end that is asked for
+HEARTBEAT_SECONDS = 2.0  # and of looking for lost attempts, and at the queue; the doorbell makes it less
 SWEEP_SECONDS = 5.0  # and of looking for processes that hang; it costs milliseconds
 HUNG_SECONDS = 15.0  # over the grace: a lease and a little
 RESTART_SECONDS = 1.0  # between two starts of one slot's worker
@@ -55,8 +54,9 @@ class Agent:
         self._workers: dict[str, psutil.Process] = {}
         self._started_at: dict[str, float] = {}
         self._hung_since: dict[str, float] = {}
-        self._seen_at = self._swept_at = self._looked_at = float("-inf")
+        self._seen_at = self._swept_at = float("-inf")
         self._doorbell: Doorbell | None = None
+        self._look = True  # at the queue
         self._redis_away = False
         self._stopping = False
 
@@ -101,19 +101,17 @@ class Agent:
                 ship_rest(self._store, self._settings.runs, job_id, attempt)
             for job_id in self._store.lose_expired(self._settings.max_attempts):
                 log.warning("%s: its attempt showed no sign of life and is given up", job_id)
-            self._seen_at = time.monotonic()
+            self._seen_at, self._look = time.monotonic(), True
         if time.monotonic() - self._swept_at > SWEEP_SECONDS:
             self._end_hung()
             self._swept_at = time.monotonic()
-        if time.monotonic() - self._looked_at > LOOK_SECONDS:
+        if self._look:
             self._store.reserve(self._settings.pool)
             for ticket in self._store.outbox():
                 # in this order a crash between repeats the ticket, which RQ refuses, and never loses it
                 tasks.hand_over(ticket, self._rq)
                 self._store.clear_outbox(ticket)
-            self._looked_at = time.monotonic()
-        if self._doorbell.wait(TICK_SECONDS):
-            self._looked_at = float("-inf")
+        self._look = self._doorbell.wait(TICK_SECONDS)
 
     def _adopt(self) -> None:
         """Take over a former agent's workers, and end those whose slots are no more, with a checkpoint."""

@@ -31,6 +31,7 @@ from worker.settings import Settings
 from worker.shipper import Shipper
 from worker.store import CLAIM_SECONDS, Store, Superseded
 
+SHIP_SECONDS = 0.5  # at least between two shipments: each costs both sides half a millisecond
 LOG_LINES = 40  # the last of a failed trainer's, in the job's error
 
 
@@ -64,6 +65,7 @@ class Launcher:
         self._limit: float | None = None  # of seconds in all attempts
         self._ran_before = float(hold.record.get("ran_seconds", 0))
         self._began = time.monotonic()
+        self._ship_at = float("-inf")
         self._word = ""  # how the attempt is to end, once it is: what the stop file says
         self._broken = ""  # what broke on another of its nodes
         self._returncode = 0  # the trainer's: says something only where the trainer could not
@@ -215,8 +217,11 @@ class Launcher:
 
     def _send(self) -> None:
         """Ship what there is, unless Redis is away: the same lines are sent again."""
+        if time.monotonic() < self._ship_at:
+            return
         with suppress(*AWAY, Superseded):  # the next renewal tells whether another attempt has the job
-            self._shipper.send("running", self._ticket.slot, ran_seconds=self._ran_seconds())
+            if self._shipper.send("running", self._ticket.slot, ran_seconds=self._ran_seconds()):
+                self._ship_at = time.monotonic() + SHIP_SECONDS
 
     def _ship_all(self) -> None:
         while self._hold.insist(lambda: self._shipper.send(ran_seconds=self._ran_seconds())):
