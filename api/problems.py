@@ -62,9 +62,9 @@ def refusal_of(request: Request, error: Exception) -> Refusal:
         case RequestValidationError():
             return _invalid_request(error)
         case JobNotFound():
-            return Refusal(404, "job_not_found", f"there is no job {error.job_id!r}; GET /jobs lists them")
+            return Refusal(404, "job_not_found", f"there is no job {str(error)!r}; GET /jobs lists them")
         case NodeNotFound():
-            return Refusal(404, "worker_not_found", f"there is no worker {error.node_id!r}; GET /workers lists them")
+            return Refusal(404, "worker_not_found", f"there is no worker {str(error)!r}; GET /workers lists them")
         case NotPossible():
             return Refusal(409, "not_possible", str(error))
         case IdempotencyConflict():

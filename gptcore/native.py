@@ -72,34 +72,41 @@ def native_config(model: ModelSpec, tokenizer: str) -> dict[str, Any]:
     name, reason = native_class(model)
     assert name is not None, reason
     eot = {"bytes": 0, "gpt2": 50256}[tokenizer]
-    common: dict[str, Any] = {
-        "architectures": [name], "vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": eot, "eos_token_id": eot, "use_cache": True,
+    config: dict[str, Any] = {theirs: getattr(model, ours) for theirs, ours in config_fields(name).items()}
+    config |= {
+        "architectures": [name], "bos_token_id": eot, "eos_token_id": eot, "use_cache": True,
+        "initializer_range": 0.02,
     }  # fmt: skip
     if name == "GPT2LMHeadModel":
-        return common | {
-            "model_type": "gpt2", "n_positions": model.block_size, "n_ctx": model.block_size,
-            "n_embd": model.n_embd, "n_layer": model.n_layer, "n_head": model.n_head,
-            "n_inner": model.n_hidden, "activation_function": "gelu_new",
-            "layer_norm_epsilon": model.norm_eps, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0, "initializer_range": 0.02,
+        return config | {
+            "model_type": "gpt2", "n_ctx": model.block_size, "activation_function": "gelu_new",
+            "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         }  # fmt: skip
-    rotary = common | {
-        "model_type": {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}.get(name, "nanochat"),
-        "hidden_size": model.n_embd, "intermediate_size": model.n_hidden,
-        "num_hidden_layers": model.n_layer, "num_attention_heads": model.n_head,
-        "num_key_value_heads": model.n_kv_head, "head_dim": model.head_dim,
-        "max_position_embeddings": model.block_size, "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta, "rope_scaling": None,
+    own: dict[str, tuple[str, dict[str, Any]]] = {
+        "LlamaForCausalLM": ("llama", {"hidden_act": "silu", "mlp_bias": model.mlp_bias}),
+        "Qwen3ForCausalLM": ("qwen3", {"hidden_act": "silu", "use_sliding_window": False}),
+        "NanoChatForCausalLM": ("nanochat", {"hidden_act": "relu2", "final_logit_softcapping": model.logit_softcap}),
+    }
+    return config | own[name][1] | {
+        "model_type": own[name][0], "rope_scaling": None, "attention_dropout": 0.0,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "attention_bias": model.attention_bias, "attention_dropout": 0.0,
-        "hidden_act": "silu", "initializer_range": 0.02,
     }  # fmt: skip
-    if name == "LlamaForCausalLM":
-        return rotary | {"mlp_bias": model.mlp_bias}
-    if name == "Qwen3ForCausalLM":
-        return rotary | {"use_sliding_window": False}
-    return rotary | {"hidden_act": "relu2", "final_logit_softcapping": model.logit_softcap}
+
+
+def config_fields(name: str) -> dict[str, str]:
+    """What a class's `config.json` calls the fields of a ModelSpec."""
+    common = {"vocab_size": "vocab_size", "tie_word_embeddings": "tie_embeddings"}
+    if name == "GPT2LMHeadModel":
+        return common | {
+            "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer", "n_head": "n_head",
+            "n_inner": "n_hidden", "layer_norm_epsilon": "norm_eps",
+        }  # fmt: skip
+    return common | {
+        "hidden_size": "n_embd", "intermediate_size": "n_hidden", "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "head_dim": "head_dim",
+        "max_position_embeddings": "block_size", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
+        "attention_bias": "attention_bias",
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

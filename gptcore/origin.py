@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gptcore.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
 from gptcore.export import VOCAB_TABLES
-from gptcore.native import CLASSES, native_tensors
+from gptcore.native import CLASSES, config_fields, native_tensors
 from gptcore.rundir import RunDir
 from gptcore.spec import InitSpec, ModelSpec, refusal
 
@@ -89,27 +89,16 @@ def fields_of_config(config: dict[str, Any]) -> dict[str, Any]:
     architecture = config["architectures"][0]
     if architecture not in CLASSES:
         raise _refusal(f"its class is {architecture}; those that can be imported are {', '.join(CLASSES)}")
-    if architecture == "GPT2LMHeadModel":
-        return CLASSES[architecture] | {
-            "vocab_size": config["vocab_size"], "block_size": config["n_positions"],
-            "n_layer": config["n_layer"], "n_head": config["n_head"], "n_embd": config["n_embd"],
-            "n_hidden": config.get("n_inner") or 4 * config["n_embd"], "norm_eps": config["layer_norm_epsilon"],
-            "tie_embeddings": config.get("tie_word_embeddings", True),
-        }  # fmt: skip
-    rope = config.get("rope_parameters") or {}
-    heads = config["num_attention_heads"]
-    fields = {
-        "vocab_size": config["vocab_size"], "block_size": config["max_position_embeddings"],
-        "n_layer": config["num_hidden_layers"], "n_head": heads, "n_kv_head": config["num_key_value_heads"],
-        "n_embd": config["hidden_size"], "n_hidden": config["intermediate_size"],
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "norm_eps": config["rms_norm_eps"],
-        "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10_000.0),
-        "attention_bias": config.get("attention_bias", False),
-        "tie_embeddings": config.get("tie_word_embeddings", False),
+    config = config | (config.get("rope_parameters") or {})  # where transformers 5 keeps rope_theta
+    names = config_fields(architecture)
+    found = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+    # left out, a field is what transformers takes for it
+    absent = {"tie_embeddings": True, "n_hidden": 4 * found["n_embd"]} if architecture == "GPT2LMHeadModel" else {
+        "tie_embeddings": False, "head_dim": found["n_embd"] // found["n_head"], "rope_theta": 10_000.0,
+        "attention_bias": False, "mlp_bias": config.get("mlp_bias", False),
+        "logit_softcap": config.get("final_logit_softcapping"),
     }  # fmt: skip
-    open_switches = {"mlp_bias": config.get("mlp_bias", False), "logit_softcap": config.get("final_logit_softcapping")}
-    return open_switches | CLASSES[architecture] | fields
+    return absent | CLASSES[architecture] | found
 
 
 def import_weights(model: ModelSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

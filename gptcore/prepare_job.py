@@ -8,7 +8,7 @@ from gptcore.events import Finished, PhaseChanged
 from gptcore.job_process import Process, run_job
 from gptcore.prepare import adopt_shards, prepare
 from gptcore.rundir import datasets_root
-from gptcore.sources import Source, hub_files, jsonl_files, parquet_files, text_files
+from gptcore.sources import Source, hub_files, local_files
 from gptcore.spec import PrepareSpec, SourceSpec
 
 REPORT_EVERY_SECONDS = 1.0
@@ -50,7 +50,4 @@ def open_source(source: SourceSpec) -> Source:
     """The documents a spec names; its paths lie in the datasets root's `sources/`."""
     if source.repo is not None:
         return hub_files(source.repo, source.path, source.field)
-    path = datasets_root() / "sources" / source.path
-    if source.format == "text":
-        return text_files([path])
-    return (jsonl_files if source.format == "jsonl" else parquet_files)([path], source.field)
+    return local_files(source.format, [datasets_root() / "sources" / source.path], source.field)

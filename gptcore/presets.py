@@ -39,17 +39,37 @@ _SIZES = {
 }
 
 
+def _fill_derived(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fill n_kv_head, head_dim and n_hidden where they follow from other fields."""
+    n_embd, n_head = fields.get("n_embd"), fields.get("n_head")
+    if not (isinstance(n_embd, int) and isinstance(n_head, int) and n_embd > 0 and n_head > 0):
+        return fields  # the field checks will say so
+    fields.setdefault("n_kv_head", n_head)
+    if "head_dim" not in fields:
+        if n_embd % n_head:
+            divisors = [h for h in range(1, n_embd + 1) if n_embd % h == 0]
+            near = sorted(divisors, key=lambda h: abs(h - n_head))[:3]
+            raise ValueError(
+                f"n_embd {n_embd} is not divisible by n_head {n_head}; "
+                f"use n_head {', '.join(map(str, sorted(near)))}, or set head_dim"
+            )
+        fields["head_dim"] = n_embd // n_head
+    if "n_hidden" not in fields:
+        swiglu = fields.get("mlp", "swiglu") == "swiglu"
+        # 8/3 n_embd keeps a gated MLP's parameters at those of a plain one of 4 n_embd
+        fields["n_hidden"] = -(-(8 * n_embd // 3) // 256) * 256 if swiglu else 4 * n_embd
+    return fields
+
+
 def _preset(family: str, size: str) -> dict[str, Any]:
     n_layer, n_embd, n_head, block_size = _SIZES[size]
     if family == "nanochat":
         n_head = max(n_embd // 128, 2)
     grouped = family in ("llama", "qwen3")
-    n_hidden = -(-(8 * n_embd // 3) // 256) * 256 if grouped else 4 * n_embd
-    return FAMILIES[family] | {
+    return _fill_derived(FAMILIES[family] | {
         "n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": block_size,
         "n_kv_head": n_head // 2 if grouped else n_head,
-        "head_dim": n_embd // n_head, "n_hidden": n_hidden,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -84,28 +104,6 @@ def _drop_derived(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
         n_head = given["n_head"]
         fits = isinstance(n_head, int) and n_head % ratio == 0
         fields["n_kv_head"] = n_head // ratio if fits else n_head
-    return fields
-
-
-def _fill_derived(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fill n_kv_head, head_dim and n_hidden where they follow from other fields."""
-    n_embd, n_head = fields.get("n_embd"), fields.get("n_head")
-    if not (isinstance(n_embd, int) and isinstance(n_head, int) and n_embd > 0 and n_head > 0):
-        return fields  # the field checks will say so
-    fields.setdefault("n_kv_head", n_head)
-    if "head_dim" not in fields:
-        if n_embd % n_head:
-            divisors = [h for h in range(1, n_embd + 1) if n_embd % h == 0]
-            near = sorted(divisors, key=lambda h: abs(h - n_head))[:3]
-            raise ValueError(
-                f"n_embd {n_embd} is not divisible by n_head {n_head}; "
-                f"use n_head {', '.join(map(str, sorted(near)))}, or set head_dim"
-            )
-        fields["head_dim"] = n_embd // n_head
-    if "n_hidden" not in fields:
-        swiglu = fields.get("mlp", "swiglu") == "swiglu"
-        # 8/3 n_embd keeps a gated MLP's parameters at those of a plain one of 4 n_embd
-        fields["n_hidden"] = -(-(8 * n_embd // 3) // 256) * 256 if swiglu else 4 * n_embd
     return fields
 
 

@@ -112,8 +112,7 @@ def _wait_for(there: Callable[[], bool], what: str, seconds: float = 60.0) -> No
 
 def _threads() -> int | None:
     """torchrun sets OMP_NUM_THREADS to 1 unless it is set; alone, all cores are ours."""
-    given = os.environ.get("OMP_NUM_THREADS")
-    return int(given) if given else None
+    return int(os.environ.get("OMP_NUM_THREADS") or 0) or None
 
 
 def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: Attempt, report: Report) -> Trainer:

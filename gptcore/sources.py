@@ -32,6 +32,15 @@ class Source:
     read: Callable[[int], Iterator[Document]]  # from the n-th document on
 
 
+def local_files(format: str, paths: list[Path], field: str) -> Source:
+    """Files of "text", "jsonl" or "parquet", and all of it in the folders among `paths`."""
+    return (
+        text_files(paths)
+        if format == "text"
+        else {"jsonl": jsonl_files, "parquet": parquet_files}[format](paths, field)
+    )
+
+
 def text_files(paths: list[Path]) -> Source:
     """Plain text. A file is a document; fewer than 20 files are cut to pieces at line ends.
 

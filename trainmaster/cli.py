@@ -116,18 +116,27 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Make a dataset on this machine. Interrupted, it goes on where it stopped."""
-    from trainmaster.prepare import Asked, run_prepare
+    from gptcore.prepare import adopt_shards
+    from gptcore.sources import hub_files, local_files
+    from trainmaster.prepare import run_prepare
 
     try:
         DataSpec(dataset=name)
     except ValidationError as error:
         raise typer.BadParameter(f"{name!r}: {error.errors()[0]['msg']}", param_hint="NAME") from error
-    asked = Asked(text or [], jsonl or [], parquet or [], shards, hub, files, field)
-    if problem := asked.problem():
-        raise typer.BadParameter(problem)
+    sources = {"text": text, "jsonl": jsonl, "parquet": parquet, "shards": shards, "hub": hub}
+    given = [kind for kind, source in sources.items() if source]
+    if len(given) != 1:
+        wrong = " and ".join(f"--{kind}" for kind in given) + " exclude each other"
+        raise typer.BadParameter(wrong if given else "give --text, --jsonl, --parquet, --shards or --hub")
     datasets = Settings.from_environment().datasets
     try:
-        dataset = run_prepare(datasets, name, asked, tokenizer, val_fraction, max_tokens, errors)
+        if shards:
+            dataset = adopt_shards(datasets, name, shards, tokenizer)
+        else:
+            paths = text or jsonl or parquet or []
+            source = hub_files(hub, files, field) if hub else local_files(given[0], paths, field)
+            dataset = run_prepare(datasets, name, source, tokenizer, val_fraction, max_tokens, errors)
     except (FileNotFoundError, ValueError) as error:
         raise Mistake(str(error)) from error
     if as_json:

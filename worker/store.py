@@ -25,15 +25,11 @@ FORGET_NODE_SECONDS = 3600.0
 
 
 class JobNotFound(LookupError):
-    def __init__(self, job_id: str):
-        self.job_id = job_id
-        super().__init__(f"no job {job_id!r}")
+    """There is no job of this id."""
 
 
 class NodeNotFound(LookupError):
-    def __init__(self, node_id: str):
-        self.node_id = node_id
-        super().__init__(f"no node {node_id!r}")
+    """There is no node of this id."""
 
 
 class IdempotencyConflict(ValueError):
