@@ -4,7 +4,7 @@ TORCH_INDEX ?=
 TORCH_BUILD ?=
 PYTEST_ARGS ?=
 BENCH ?=
-SEEDS ?= 2
+SEEDS ?= 1
 TEXT ?=
 # many tests wait for processes; files stay whole, for what their tests share
 TWO = -n 2 --dist loadfile
@@ -50,7 +50,7 @@ test-slow: setup
 bench: .peers/litgpt
 	.venv/bin/python benchmarks/throughput.py $(BENCH)
 	-.venv/bin/python benchmarks/time_to_loss.py --seeds $(SEEDS) $(if $(TEXT),--text $(TEXT))
-	-.venv/bin/python benchmarks/service_overhead.py
+	-.venv/bin/python benchmarks/service_overhead.py --pairs 3
 
 lint: setup
 	.venv/bin/ruff check .

@@ -1,6 +1,6 @@
 """Tokens a second of whole training steps on this CPU: ours beside transformers and litgpt, and beside the machine.
 
-    python benchmarks/throughput.py [--full] [--rounds 5] [--json FILE]
+    python benchmarks/throughput.py [--full] [--rounds 3] [--json FILE]
 
 Each contender is a process of its own with the same shapes, batch, precision, threads and torch; they take turns,
 one step each, so that a busy moment of the machine meets all of them. A step is forward, backward, clipping and
@@ -279,7 +279,7 @@ def report(table: Table, preset: str, precision: str, compiled: bool, rounds: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULTS / "throughput.json")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="the eager runs too")
     parser.add_argument("--model", choices=MODELS, action="append", help="only these")
     parser.add_argument("--precision", choices=TARGETS, action="append", help="only these")
