@@ -219,7 +219,7 @@ class Comparison:
         reference, ours = self.runs["reference"], self.runs["ours"]
         ends = [run.end.loss for run in reference]
         target = SHAKESPEARE_LOSS if self.text.is_shakespeare else statistics.median(ends)
-        near = abs(statistics.median(ends) - target) <= TOLERANCE
+        near = all(abs(loss - target) <= TOLERANCE for loss in ends)
         self._row("reference: loss at the end", "nats", ends, f"{target:.4f} ± {TOLERANCE}", near)
         self._row("ours: loss at the end", "nats", [run.end.loss for run in ours])
         for name, runs in self.runs.items():
