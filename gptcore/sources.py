@@ -34,11 +34,9 @@ class Source:
 
 def local_files(format: str, paths: list[Path], field: str) -> Source:
     """Files of "text", "jsonl" or "parquet", and all of it in the folders among `paths`."""
-    return (
-        text_files(paths)
-        if format == "text"
-        else {"jsonl": jsonl_files, "parquet": parquet_files}[format](paths, field)
-    )
+    if format == "text":
+        return text_files(paths)
+    return {"jsonl": jsonl_files, "parquet": parquet_files}[format](paths, field)
 
 
 def text_files(paths: list[Path]) -> Source:
