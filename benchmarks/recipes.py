@@ -36,6 +36,8 @@ def add_arguments(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--text", type=Path, help="recipes: a text file, or a folder of *.txt")
     arguments.add_argument("--home", type=Path, help="recipes: where the dataset and the runs stay between calls")
     arguments.add_argument("--tokens", type=float, default=150e6, help="recipes: of each run")
+    arguments.add_argument("--lr-scale", dest="lr_scales", action="append", type=float,
+                           help=f"recipes: times the example's rates; default {LR_SCALES}")  # fmt: skip
 
 
 def recipes(table: Table, asked: argparse.Namespace, budget: Any) -> None:
@@ -52,7 +54,7 @@ def recipes(table: Table, asked: argparse.Namespace, budget: Any) -> None:
             f"{asked.tokens:,.0f} tokens are more than {MOST_EPOCHS} passes over {asked.text}'s "
             f"{dataset.train.tokens:,}; give more text or fewer --tokens"
         )
-    for scale in LR_SCALES:
+    for scale in asked.lr_scales or LR_SCALES:
         spec = recipe_spec(asked.recipe, scale, int(asked.tokens), asked.tiny)
         if spec["name"] in asked.done:
             continue
@@ -113,7 +115,11 @@ def train(home: Path, spec: Row, seconds: float) -> Row:
         if not run.spec.exists():
             write_atomically(run.spec, json.dumps(spec))
         attempt = run.claim_attempt()
-        environment = {**os.environ, "TRAINMASTER_HOME": str(home), "PYTHONPATH": str(ROOT)}
+        environment = {
+            **os.environ,
+            "TRAINMASTER_HOME": str(home),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+        }
         command = [sys.executable, "-m", "gptcore.train", str(run.path), "--attempt", str(attempt.number)]
         until = time.monotonic() + seconds
         with attempt.log.open("w") as log:

@@ -79,19 +79,23 @@ class Stepper:
     def __init__(self, case: Case, seed: int = 0):
         import torch
 
+        from gptcore.dist import Dist
         from gptcore.model import GPT
+        from gptcore.setup import wrap
 
         self.case, self.spec = case, case.spec()
         self.device = torch.device(case.device)
         torch.manual_seed(seed)
         if case.device == "cuda":
             torch.set_float32_matmul_precision("high")
-        ours = GPT(self.spec.model)
+        ours, self._dist = GPT(self.spec.model), Dist(0, 0, 1, self.device)
         self.model: Any = ours if case.who == "ours" else _peer(case.who, ours)
         self.model.to(self.device)
-        backend = "inductor" if case.device == "cuda" else "aot_eager"  # the CPU's only shows that all is traced
-        compiled = torch.compile(self._plain_loss, dynamic=False, backend=backend)
-        self.loss: Any = compiled if case.compiled else self._plain_loss
+        self.loss: Any = self.model if case.who == "ours" else self._plain_loss
+        if case.compiled and case.device == "cpu":
+            self.loss = torch.compile(self.loss, backend="aot_eager")  # only shows that all is traced
+        elif case.compiled:
+            self.loss = wrap(self.loss, True, self._dist)[0]
         shape = (case.grad_accum_steps, case.micro_batch_size, self.spec.model.block_size + 1)
         tokens = torch.randint(self.spec.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
         block = tokens.to(self.device)
@@ -101,8 +105,6 @@ class Stepper:
     def _plain_loss(self, tokens: Any, targets: Any) -> Any:
         import torch.nn.functional as F
 
-        if self.case.who == "ours":
-            return self.model(tokens, targets)
         out = self.model(tokens)
         logits = getattr(out, "logits", out)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -110,11 +112,10 @@ class Stepper:
     def _optimizers(self) -> list[Any]:
         import torch
 
-        from gptcore.dist import Dist
         from gptcore.optim import build_optimizers
 
         if self.case.who == "ours":
-            return list(build_optimizers(self.model, self.spec.optim, Dist(0, 0, 1, self.device)))
+            return list(build_optimizers(self.model, self.spec.optim, self._dist))
         parameters = list(self.model.parameters())
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},

@@ -12,7 +12,7 @@ from torch import Tensor
 from gptcore.data import Windows
 from gptcore.dataset import Split
 from gptcore.dist import Dist
-from gptcore.model import IGNORED
+from gptcore.loss import IGNORED
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) → mean loss ()
 

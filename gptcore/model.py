@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptcore.kernels import causal_attention, linear
-from gptcore.plan import LOSS_CHUNK_ELEMENTS
+from gptcore.loss import head_loss, logits_of
 from gptcore.spec import ModelSpec
-
-IGNORED = -100  # a target that counts for nothing: padding of a last, partial batch
 
 
 class Linear(nn.Linear):
@@ -211,10 +209,8 @@ class GPT(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (…, C) → logits (…, vocab_size) float32: softcapped, the padding cut off."""
-        logits = self.lm_head(hidden)[..., : self.spec.vocab_size].float()
-        if self.spec.logit_softcap is not None:
-            logits = self.spec.logit_softcap * torch.tanh(logits / self.spec.logit_softcap)
-        return logits
+        assert self.spec.vocab_size is not None
+        return logits_of(self.lm_head(hidden), self.spec.vocab_size, self.spec.logit_softcap)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens (B, T) int64 → logits (B, T, vocab_size) float32."""
@@ -222,32 +218,6 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """tokens, targets (B, T) int64 → mean cross-entropy () float32, nats a token."""
-        return chunked_cross_entropy(self, self.hidden(tokens).flatten(0, 1), targets.flatten())
-
-
-def chunked_cross_entropy(model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
-    """hidden (N, C), targets (N,) → mean loss () float32 over the targets that are not IGNORED.
-
-    Never holds (N, V) logits whole: V is often 50 times C, so they would be the largest tensors of
-    a step by far. Each chunk's logits are made again in the backward pass.
-    """
-    rows = max(1, LOSS_CHUNK_ELEMENTS // model.spec.padded_vocab_size)
-
-    def chunk_loss(part: Tensor, wanted: Tensor) -> Tensor:
-        return summed_cross_entropy(model.head(part), wanted)
-
-    if targets.numel() <= rows:
-        total = chunk_loss(hidden, targets)
-    else:
-        parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-        total = torch.stack([checkpoint(chunk_loss, *part, use_reentrant=False) for part in parts]).sum()
-    return total / (targets != IGNORED).sum()
-
-
-def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (N, V) float32, targets (N,) → the sum () over the targets that are not IGNORED."""
-    if not torch.compiler.is_compiling():
-        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-    # the compiler would go twice over F.cross_entropy's gradient: once for a sum that is known to be -1
-    log_sums = torch.where(targets == IGNORED, 0.0, logits.logsumexp(-1))
-    return log_sums.sum() + F.nll_loss(logits, targets, ignore_index=IGNORED, reduction="sum")
+        hidden, spec = self.hidden(tokens).flatten(0, 1), self.spec
+        assert spec.vocab_size is not None
+        return head_loss(hidden, self.lm_head.weight, targets.flatten(), spec.vocab_size, spec.logit_softcap)

@@ -19,6 +19,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "R
 
 # float32 logits that exist at once while the loss is computed: 512 MiB
 LOSS_CHUNK_ELEMENTS = 2**27
+GPU_LOSS_CHUNK_ELEMENTS = 2**29  # in bfloat16 and with their gradient 2 GiB; smaller matrices multiply slower
 CPU_MICRO_BATCH_TOKENS = 8192
 GPU_MICRO_BATCH_TOKENS = 65_536
 
@@ -212,7 +213,7 @@ def peak_memory_bytes(spec: TrainSpec, micro_batch_size: int) -> int:
     layers = 2 if spec.activation_checkpointing else model.n_layer
     per_token = width * (layers * per_layer + model.n_layer * model.n_embd) + 4 * 2 * model.n_embd
     tokens = micro_batch_size * model.block_size
-    logits = min(tokens * model.padded_vocab_size, LOSS_CHUNK_ELEMENTS) * 8
+    logits = min(tokens * model.padded_vocab_size, GPU_LOSS_CHUNK_ELEMENTS) * 2 * width
     return counts.trained * (state_bytes + (width if width == 2 else 0)) + tokens * per_token + logits
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, recipes
+from benchmarks import gpu, gradients, recipes
 from benchmarks.recipes import LR_SCALES, recipe_spec
 from benchmarks.training import NO_GPU, missing_gpu, peer_missing
 from gptcore.spec import TrainSpec, parse_spec
@@ -59,15 +59,15 @@ def test_compiled_gradients_are_held_against_float64(tmp_path: Path, monkeypatch
 
 
 def test_a_wrong_gradient_misses_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = gpu._gradients
+    exact = gradients.gradients
 
     def wrong(case: gpu.Case, dtype: str, compiled: bool) -> tuple[float, dict[str, Any]]:
-        loss, gradients = exact(case, dtype, compiled)
+        loss, found = exact(case, dtype, compiled)
         if compiled:
-            gradients["blocks.0.attn.k.weight"] *= 1.2
-        return loss, gradients
+            found["blocks.0.attn.k.weight"] *= 1.2
+        return loss, found
 
-    monkeypatch.setattr(gpu, "_gradients", wrong)
+    monkeypatch.setattr(gradients, "gradients", wrong)
     file = tmp_path / "x.json"
     command = ["gpu.py", "--part", "correctness", "--json", str(file), *ON_CPU, "--family", "gpt2"]
     monkeypatch.setattr(sys, "argv", command)

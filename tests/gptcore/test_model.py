@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from gptcore import model as model_module
+from gptcore import loss as loss_module
 from gptcore.model import GPT, rope_tables, rotate
 from gptcore.spec import ModelSpec
 from tests.gptcore.conftest import FAMILIES, randomised, tiny_model
@@ -104,16 +104,25 @@ def assert_equal_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.
         assert (gradient - other[name]).norm() <= relative * gradient.norm() + 1e-7, name
 
 
+def written_out(model: GPT, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = model.logits(tokens).flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=loss_module.IGNORED)
+
+
 @families
-def test_a_loss_in_chunks_is_the_whole_ones_with_its_gradients(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [None, 10])
+def test_the_loss_and_its_gradients_are_those_of_the_logits(
+    family: str, rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = randomised(tiny_model(family))
     tokens, targets = batch(model.spec)
     targets = targets.clone()
-    targets[1, 5:] = model_module.IGNORED
-    whole = gradients(model, model, (tokens, targets))
-    monkeypatch.setattr(model_module, "LOSS_CHUNK_ELEMENTS", 10 * model.spec.padded_vocab_size)
-    chunked = gradients(model, model, (tokens, targets))
-    assert_equal_gradients(whole, chunked, 1e-5)
+    targets[1, 5:] = loss_module.IGNORED
+    if rows is not None:
+        monkeypatch.setattr(loss_module, "LOSS_CHUNK_ELEMENTS", rows * model.spec.padded_vocab_size)
+    assert abs(model(tokens, targets) - written_out(model, tokens, targets)) < 1e-5
+    expected = gradients(model, lambda *data: 3 * written_out(model, *data), (tokens, targets))
+    assert_equal_gradients(expected, gradients(model, lambda *data: 3 * model(*data), (tokens, targets)), 1e-5)
 
 
 @families
@@ -141,6 +150,6 @@ def test_compiled_gradients_are_the_eager_ones(family: str) -> None:
     model = randomised(tiny_model(family))
     tokens, targets = batch(model.spec)
     targets = targets.clone()
-    targets[1, 5:] = model_module.IGNORED
+    targets[1, 5:] = loss_module.IGNORED
     data = tokens, targets
     assert_equal_gradients(gradients(model, model, data), gradients(model, torch.compile(model), data), 1e-4)
