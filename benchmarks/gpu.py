@@ -42,6 +42,7 @@ STEP_TOKENS = 524_288  # an update's, as in the examples
 PEER_ROUNDS = 5
 MOST_AT_ONCE = 8  # processes that compile side by side
 MEMORY_FACTOR = 1.3  # of the plan's: a context, and what the allocator keeps beside what is used
+FLOAT64_FACTOR = 4  # of bfloat16's
 PEER_BYTES = 12  # a logit's, where they are not taken in chunks
 Group = list[Case]  # those that are measured in turns
 Answers = list[tuple[Here | Apart, dict[str, Any]]]
@@ -66,12 +67,17 @@ class Budget:
                     what = f"{name(group[0])}: no time left, call again with --resume"
                     self._table.row(what, None, "", left=True)
                 return
-            fitting = _fitting(groups)
+            fitting = _fitting(groups, FLOAT64_FACTOR if word == "errors" else 1)
             wave = [[contender(case) for case in group] for group in groups[:fitting]]
             for one in (one for group in wave for one in group):
                 one.tell(word)
             answers = [[(one, one.listen()) for one in group] for group in wave]
-            yield from answers
+            for group in answers:
+                if any("out_of_memory" in said for _, said in group):
+                    case = name(group[0][0].case)
+                    self._table.row(f"{case}: does not fit the GPU's memory", None, "", case=case)
+                else:
+                    yield group
             for one in (one for group in wave for one in group):
                 one.close()
             groups = groups[fitting:]
@@ -82,7 +88,7 @@ def name(case: Case) -> str:
     return f"{case.family}-{case.size} micro-batch {case.micro_batch_size}"
 
 
-def _fitting(groups: list[Group]) -> int:
+def _fitting(groups: list[Group], factor: float) -> int:
     """How many of the groups fit the GPU's free memory together; one where none does."""
     import torch
 
@@ -90,7 +96,7 @@ def _fitting(groups: list[Group]) -> int:
         return 1
     free, cases = float(torch.cuda.mem_get_info()[0]), 0
     for number, group in enumerate(groups):
-        free -= sum(_bytes(case) for case in group)
+        free -= factor * sum(_bytes(case) for case in group)
         cases += len(group)
         if number and (free < 0 or cases > MOST_AT_ONCE):
             return number
@@ -143,11 +149,8 @@ def ours(table: Table, asked: argparse.Namespace, budget: Budget) -> None:
         [Case(family, size, int(n), max(1, step_sequences // int(n)), "ours", asked.device, asked.tiny, compiled=gpu)]
         for family, size, n in split
     ]
-    for [(one, warmed)] in budget.told("warm", wanted, asked.done):
+    for [(one, _)] in budget.told("warm", wanted, asked.done):
         case = one.case
-        if "out_of_memory" in warmed:
-            table.row(f"{name(case)}: does not fit the GPU's memory", None, "", case=name(case))
-            continue
         one.tell("time")
         said, spec = one.listen(), case.spec()
         planned = plan(spec, hardware)

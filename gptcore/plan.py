@@ -202,16 +202,21 @@ def _micro_batch_size(spec: TrainSpec, hardware: Hardware) -> tuple[int, Problem
 
 
 def peak_memory_bytes(spec: TrainSpec, micro_batch_size: int) -> int:
-    """A rank's peak, estimated: weights, gradients, optimiser state, activations, one logits chunk."""
+    """A rank's peak, estimated: weights, gradients, optimiser state, one chunk of logits, and of each layer what the
+    compiler keeps for the backward pass: both norms' outputs, all of attention's ends, the MLP's inner values and,
+    in float32, the residual before each norm."""
     model = spec.model
     counts = count_parameters(model)
     state_bytes = 4 + 4 + (8 if spec.optim.name == "adamw" else 4)
     width = 4 if spec.precision == "fp32" else 2
-    gated = 3 if model.mlp == "swiglu" else 2
-    attention = 2 * model.n_embd + 2 * (model.n_head + model.n_kv_head) * model.head_dim
-    per_layer = attention + 2 * model.n_embd + gated * model.n_hidden
-    layers = 2 if spec.activation_checkpointing else model.n_layer
-    per_token = width * (layers * per_layer + model.n_layer * model.n_embd) + 4 * 2 * model.n_embd
+    q_and_k = (model.n_head + model.n_kv_head) * model.head_dim  # as wide as v and the output
+    attention = (3 if model.qk_norm else 2) * q_and_k
+    mlp = (3 if model.mlp == "swiglu" else 2) * model.n_hidden
+    per_layer = width * (attention + 2 * model.n_embd + mlp) + 4 * 2 * model.n_embd
+    per_token = model.n_layer * per_layer
+    if spec.activation_checkpointing:
+        per_token = 2 * per_layer + 4 * model.n_layer * model.n_embd
+    per_token += 4 * 2 * model.n_embd
     tokens = micro_batch_size * model.block_size
     logits = min(tokens * model.padded_vocab_size, GPU_LOSS_CHUNK_ELEMENTS) * 2 * width
     return counts.trained * (state_bytes + (width if width == 2 else 0)) + tokens * per_token + logits
