@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pydantic import BaseModel, Field
 
 from api.estimate import estimate
 from gptcore.native import native_class
-from gptcore.plan import Hardware, Plan, plan, resolve
+from gptcore.plan import Hardware, Plan, plan, refuse_another_shape, resolve
 from gptcore.rundir import RunDir
-from gptcore.spec import AnySpec, EvalSpec, PrepareSpec, PublishSpec, TrainSpec, children_of, refusal
+from gptcore.spec import (
+    AnySpec,
+    EvalSpec,
+    InitSpec,
+    ModelSpec,
+    PrepareSpec,
+    PublishSpec,
+    TrainSpec,
+    children_of,
+    refusal,
+)
 from worker.settings import Settings
 from worker.store import JobNotFound, Store
 
@@ -48,6 +59,8 @@ def planned(spec: AnySpec, settings: Settings, store: Store) -> Planned:
     pool, device = spec.resources.pool, spec.resources.device
     hardware = store.pool_hardware(pool, device)
     children = children_of(resolved)
+    if resolved.init_from is not None:
+        _check_init(resolved.init_from, resolved.model, settings)
     if resolved.publish is not None:
         _check_publish(resolved, resolved.publish.repo, settings, "/publish")
     guess, warnings = None, []
@@ -71,13 +84,7 @@ def _check_subject(spec: EvalSpec | PublishSpec, settings: Settings, store: Stor
         if isinstance(spec, PublishSpec):
             _refuse("/source", f"source {spec.source!r} is on the Hub already; publish takes a train job's id")
         return None
-    folder = settings.runs / spec.source
-    if not is_inside(folder, settings.runs) or not folder.is_dir():
-        _refuse("/source", f"source {spec.source!r} is no job with a run directory and no folder of {settings.runs}")
-    run = RunDir(folder)
-    exported = (folder / "config.json").exists() and isinstance(spec, EvalSpec)
-    if not exported and not any(run.checkpoints.glob("step-*/state.json")):
-        _refuse("/source", f"source {spec.source!r} has no checkpoint yet; name a train job that has saved one")
+    _run_with_weights(spec.source, "/source", settings, exported_too=isinstance(spec, EvalSpec))
     try:
         job = store.get_job(spec.source)
     except JobNotFound:
@@ -85,6 +92,29 @@ def _check_subject(spec: EvalSpec | PublishSpec, settings: Settings, store: Stor
     if job.spec["kind"] == "train" and isinstance(spec, PublishSpec):
         _check_publish(TrainSpec.model_validate(job.spec), spec.repo, settings, "/source")
     return job.id if job.status == "succeeded" else None
+
+
+def _check_init(init: InitSpec, model: ModelSpec, settings: Settings) -> None:
+    """Refuse first weights that are not there or are of another shape; the Hub's are looked at by the trainer."""
+    run, pointer = None, "/init_from/source"
+    if not init.source.startswith("hf://"):
+        run = _run_with_weights(init.source, pointer, settings, exported_too=True)
+    if run is not None and not (run.path / "config.json").exists():
+        newest, *_ = run.complete_checkpoints()[-1]
+        theirs = json.loads((newest / "state.json").read_text())["spec"]["model"]
+        refuse_another_shape(init.source, model, {k: v for k, v in theirs.items() if k not in ("preset", "init")})
+    elif init.optimizer:
+        _refuse(pointer, f"{init.source} is a Hub folder, which has no optimiser state; leave optimizer out")
+
+
+def _run_with_weights(source: str, pointer: str, settings: Settings, exported_too: bool) -> RunDir:
+    folder = settings.runs / source
+    if not is_inside(folder, settings.runs) or not folder.is_dir():
+        _refuse(pointer, f"source {source!r} is no job with a run directory and no folder of {settings.runs}")
+    run = RunDir(folder)
+    if not (exported_too and (folder / "config.json").exists()) and not run.complete_checkpoints():
+        _refuse(pointer, f"source {source!r} has no checkpoint yet; name a train job that has saved one")
+    return run
 
 
 def _check_publish(spec: TrainSpec, repo: str, settings: Settings, pointer: str) -> None:

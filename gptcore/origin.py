@@ -18,6 +18,7 @@ from torch import Tensor
 from gptcore.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
 from gptcore.export import VOCAB_TABLES
 from gptcore.native import CLASSES, config_fields, native_tensors
+from gptcore.plan import refuse_another_shape
 from gptcore.rundir import RunDir
 from gptcore.spec import InitSpec, ModelSpec, refusal
 
@@ -39,7 +40,7 @@ def load_origin(init: InitSpec, model: ModelSpec, runs: Path) -> Origin:
         if init.optimizer:
             raise _refusal(f"{init.source} is a Hub folder, which has no optimiser state; leave optimizer out")
         config = json.loads((folder / "config.json").read_text())
-        _compare(init.source, model.model_dump(), fields_of_config(config))
+        refuse_another_shape(init.source, model, fields_of_config(config))
         return Origin(import_weights(model, _safetensors(folder)), None)
     checkpoints = list_checkpoints(RunDir(folder))
     if not checkpoints:
@@ -47,7 +48,7 @@ def load_origin(init: InitSpec, model: ModelSpec, runs: Path) -> Origin:
     newest = checkpoints[-1]
     chosen = newest if init.optimizer else best_checkpoint(RunDir(folder), newest.state()) or newest
     theirs = chosen.meta()["spec"]["model"]
-    _compare(init.source, model.model_dump(), {k: v for k, v in theirs.items() if k not in ("preset", "init")})
+    refuse_another_shape(init.source, model, {k: v for k, v in theirs.items() if k not in ("preset", "init")})
     return Origin(chosen.weights(), chosen if init.optimizer else None)
 
 
@@ -64,12 +65,6 @@ def locate(source: str, runs: Path, pointer: str) -> Path:
         message = f"{source} is no folder of {runs}; give a job's id, a folder there, or hf://owner/name"
         raise refusal(pointer, message)
     return folder
-
-
-def _compare(source: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    differing = [f"{key} is {theirs[key]!r} there, {ours[key]!r} here" for key in theirs if theirs[key] != ours[key]]
-    if differing:
-        raise _refusal(f"{source} is a model of another shape: {'; '.join(differing)}")
 
 
 _refusal = partial(refusal, "/init_from/source")

@@ -5,8 +5,9 @@ Pure, quick and without tensors. What cannot run is refused here, with the numbe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -96,6 +97,14 @@ def resolve(spec: TrainSpec, datasets: Path) -> TrainSpec:
         raise refusal("/model/vocab_size", message)
     model = spec.model.model_copy(update={"vocab_size": vocab_size})
     return spec.model_copy(update={"model": model})
+
+
+def refuse_another_shape(source: str, model: ModelSpec, theirs: Mapping[str, Any]) -> None:
+    """Raises SpecError naming every field in which the model that `init_from` names differs from ours."""
+    ours = model.model_dump()
+    differing = [f"{key} is {theirs[key]!r} there, {ours[key]!r} here" for key in theirs if theirs[key] != ours[key]]
+    if differing:
+        raise refusal("/init_from/source", f"{source} is a model of another shape: {'; '.join(differing)}")
 
 
 def count_parameters(model: ModelSpec) -> Parameters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -104,6 +105,16 @@ BAD = {
         "/source",
         ["is no job"],
     ),
+    "first weights of no job": (
+        train_spec(init_from={"source": "job-nowhere"}),
+        "/init_from/source",
+        ["'job-nowhere'", "is no job"],
+    ),
+    "the Hub's optimiser": (
+        train_spec(init_from={"source": "hf://someone/gpt", "optimizer": True}),
+        "/init_from/source",
+        ["hf://someone/gpt", "leave optimizer out"],
+    ),
     "a source with a NUL": (
         {"kind": "eval", "name": "e", "source": "a\0b", "tasks": ["val_loss"]},
         "/source",
@@ -134,6 +145,19 @@ def test_a_spec_that_cannot_run_is_refused_with_field_value_and_way_out(
     assert [word for word in words if word not in error["message"]] == [], error
     assert error["message"] in problem["detail"]
     assert store.list_jobs().data == []
+
+
+def test_first_weights_are_looked_at_before_a_job_is_queued(http: httpx2.Client, settings: Settings) -> None:
+    spec = train_spec(init_from={"source": "first"})
+    model = http.post("/jobs/plan", json=train_spec()).json()["spec"]["model"]
+    checkpoint = settings.runs / "first" / "checkpoints" / "step-00000004-a0001"
+    checkpoint.mkdir(parents=True)
+    (error,) = http.post("/jobs", json=spec).json()["errors"]
+    assert error["pointer"] == "/init_from/source" and "has no checkpoint yet" in error["message"]
+    (checkpoint / "state.json").write_text(json.dumps({"sizes": {}, "spec": {"model": model}}))
+    assert http.post("/jobs", json=spec).status_code == 201
+    (error,) = http.post("/jobs", json=spec | {"model": spec["model"] | {"n_layer": 3}}).json()["errors"]
+    assert "n_layer is 4 there, 3 here" in error["message"]
 
 
 def test_every_problem_of_a_spec_is_named_at_once(http: httpx2.Client) -> None:
