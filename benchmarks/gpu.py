@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
@@ -284,6 +285,9 @@ def main() -> int:
     asked = arguments.parse_args()
     if asked.part is None or (asked.device == "cpu") != asked.tiny:
         arguments.error("give --part; --device cpu and --tiny only together")
+    for case in asked.cases or []:
+        if not re.fullmatch(rf"({'|'.join(FAMILIES)})-(124m|350m):[1-9]\d*", case):
+            arguments.error(f"--case {case}: give FAMILY-SIZE:MICRO_BATCH, as in gpt2-124m:64")
     need_device(asked.device)
     asked.families, asked.sizes = asked.families or list(FAMILIES), asked.sizes or ["124m", "350m"]
     file = asked.json or RESULTS / f"gpu-{asked.part}.json"
