@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gptcore.events import Checkpointed, Notice, Report
 from gptcore.rundir import RunDir, write_atomically
 from gptcore.spec import TrainSpec
 from gptcore.state import TrainState
@@ -54,25 +54,14 @@ def list_checkpoints(run: RunDir) -> list[Checkpoint]:
     return [Checkpoint(*found) for found in run.complete_checkpoints()]
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What became of a save: `error` is None where the checkpoint stands."""
-
-    step: int
-    path: str
-    bytes: int
-    seconds: float
-    error: OSError | None
-
-
 class Saver:
-    """Saves in the background on rank 0, one at a time; keeps the newest ones and the best."""
+    """Saves in the background on rank 0, one at a time, and reports it; keeps the newest ones and the best."""
 
-    def __init__(self, run: RunDir, spec: TrainSpec, attempt: int, on_saved: Callable[[Saved], None]):
+    def __init__(self, run: RunDir, spec: TrainSpec, attempt: int, report: Report):
         self._run, self._spec, self._attempt = run, spec, attempt
-        self._on_saved = on_saved
+        self._report = report
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._running: Future[Saved] | None = None
+        self._running: tuple[int, Future[Checkpointed]] | None = None  # the step saved
 
     def save(
         self, state: TrainState, weights: dict[str, Tensor], optimizer: dict[str, Tensor], extra: dict[str, Any]
@@ -82,20 +71,28 @@ class Saver:
         meta = {"state": state.model_dump(), "spec": self._spec.model_dump(mode="json"), **extra}
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in weights.items()}
         moments = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in optimizer.items()}
-        self._running = self._pool.submit(self._write, state.step, meta, copies, moments, state.best_step)
+        writing = self._pool.submit(self._write, state.step, meta, copies, moments, state.best_step)
+        self._running = state.step, writing
 
     def poll(self) -> None:
         """Report a save that has ended."""
-        if self._running is not None and self._running.done():
+        if self._running is not None and self._running[1].done():
             self.wait()
 
-    def wait(self) -> Saved | None:
-        """Wait for the save under way, if any, and report it."""
+    def wait(self) -> None:
+        """Wait for the save under way, if any, and report it. Raises OSError where that of the last step failed."""
         if self._running is None:
-            return None
-        saved, self._running = self._running.result(), None
-        self._on_saved(saved)
-        return saved
+            return
+        (step, writing), self._running = self._running, None
+        try:
+            saved = writing.result()
+        except OSError as error:
+            message = f"checkpoint at step {step} not saved, the older ones stand: {error}"
+            self._report(Notice(level="warning", message=message))
+            if step == self._spec.max_steps:
+                raise
+        else:
+            self._report(saved)
 
     def amend(self, state: TrainState) -> None:
         """Put a newer state beside the weights of the same step, once their save is done."""
@@ -114,11 +111,10 @@ class Saver:
 
     def _write(
         self, step: int, meta: dict[str, Any], weights: dict[str, Tensor], moments: dict[str, Tensor], best: int | None
-    ) -> Saved:
+    ) -> Checkpointed:
         started = time.perf_counter()
         final = self._folder(step)
         beside = final.with_name(f".{final.name}.writing")
-        error, size = None, 0
         try:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
@@ -134,10 +130,11 @@ class Saver:
             beside.rename(final)
             _sync(final.parent)
             self._retire(best)
-        except OSError as problem:
+        except OSError:
             shutil.rmtree(beside, ignore_errors=True)
-            error = problem
-        return Saved(step, str(final.relative_to(self._run.path)), size, time.perf_counter() - started, error)
+            raise
+        seconds = time.perf_counter() - started
+        return Checkpointed(step=step, path=str(final.relative_to(self._run.path)), bytes=size, seconds=seconds)
 
     def _retire(self, best: int | None) -> None:
         """Remove all but the newest `keep` and the best."""

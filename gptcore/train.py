@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from gptcore import device as devices
 from gptcore import events, guard, hellaswag
-from gptcore.checkpoint import Checkpoint, Saved, Saver, best_checkpoint, list_checkpoints, model_tensors
+from gptcore.checkpoint import Checkpoint, Saver, best_checkpoint, list_checkpoints, model_tensors
 from gptcore.data import Batch, Prefetcher, Sequence
 from gptcore.dataset import Dataset
 from gptcore.dist import Dist
@@ -68,7 +68,7 @@ class Trainer:
     started_at: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self.saver = Saver(self.run, self.spec, self.attempt.number, self._report_saved)
+        self.saver = Saver(self.run, self.spec, self.attempt.number, self.report)
         self.parameters = list(self.model.parameters())
         trace = self.run.path / "profile" / f"rank-{self.dist.rank}-a{self.attempt.number:04d}.json"
         self.tracer = Tracer(self.spec.profile_steps, trace)
@@ -84,11 +84,10 @@ class Trainer:
         self._resume()
         self._phase("training")
         stop = self._step_until_done()
+        self.saver.close()
         if stop:
-            self.saver.close()
             self.report(events.Stopped(step=self.state.step, reason=stop))
             return
-        self.saver.close()
         self._export()
         self.report(
             events.Finished(
@@ -387,15 +386,6 @@ class Trainer:
                 "compiled": self.compiled,
             }
             self.saver.save(self.state, model_tensors(self.model), moments, shape)
-
-    def _report_saved(self, saved: Saved) -> None:
-        if saved.error is None:
-            self.report(events.Checkpointed(step=saved.step, path=saved.path, bytes=saved.bytes, seconds=saved.seconds))
-            return
-        message = f"checkpoint at step {saved.step} not saved, the older ones stand: {saved.error}"
-        self.report(events.Notice(level="warning", message=message))
-        if saved.step == self.spec.max_steps:
-            raise saved.error
 
     def _export(self) -> None:
         """The best checkpoint as a folder that stock `transformers` loads."""

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 import torch
 
-from gptcore.checkpoint import Saved, Saver, best_checkpoint, list_checkpoints
+from gptcore.checkpoint import Saver, best_checkpoint, list_checkpoints
+from gptcore.events import Checkpointed, EventBase
 from gptcore.rundir import RunDir
 from gptcore.state import TrainState
 from tests.gptcore.conftest import tiny_spec
@@ -15,7 +16,7 @@ class Saves:
 
     def __init__(self, folder: Path, keep: int = 2, attempt: int = 1):
         self.run = RunDir(folder)
-        self.reported: list[Saved] = []
+        self.reported: list[EventBase] = []
         self.saver = Saver(self.run, tiny_spec(checkpoint={"keep": keep}), attempt, self.reported.append)
 
     def save(self, step: int, best_step: int | None = None, **extra: Any) -> None:
@@ -34,7 +35,9 @@ def test_a_checkpoint_gives_back_what_was_saved(tmp_path: Path) -> None:
     assert checkpoint.state().step == 7
     assert checkpoint.meta()["world_size"] == 2
     assert torch.equal(checkpoint.weights()["w"], torch.full((1000,), 7.0))
-    assert saves.reported[0].bytes == sum(p.stat().st_size for p in checkpoint.path.iterdir())
+    [saved] = saves.reported
+    assert isinstance(saved, Checkpointed)
+    assert saved.bytes == sum(p.stat().st_size for p in checkpoint.path.iterdir())
 
 
 def test_saving_takes_a_copy_so_training_may_go_on(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def _whole_checkpoints(checkpoint: Any) -> None:
         checkpoint._write_tensors(weights, final / "model.safetensors")
         checkpoint._write_tensors(moments, final / "optimizer.safetensors")
         self._retire(best)
-        return checkpoint.Saved(step, str(final.relative_to(self._run.path)), 0, 0.0, None)
+        return checkpoint.Checkpointed(step=step, path=str(final.relative_to(self._run.path)), bytes=0, seconds=0.0)
 
     _replaced(checkpoint.Saver, "_write", write)
     _replaced(rundir, "_has_noted_sizes", lambda path: True)
