@@ -29,13 +29,6 @@ class Dist:
     def first(self) -> bool:
         return self.rank == 0
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over all ranks, on all ranks; in place."""
-        if self.world_size > 1:
-            c10d.all_reduce(tensor)
-            tensor /= self.world_size
-        return tensor
-
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, on all ranks; in place."""
         if self.world_size > 1:
@@ -50,16 +43,12 @@ class Dist:
         c10d.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            c10d.barrier()
-
 
 def start(device: str, threads: int | None = None) -> Dist:
     """Join the run that torchrun's environment names; without one, a run of one rank.
 
     device: "auto", "cpu" or "cuda". On CPU the results are made repeatable: deterministic kernels
-    and a fixed number of threads.
+    and a fixed number of threads, OMP_NUM_THREADS by default (torchrun sets it to 1 unless it is set).
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -75,7 +64,7 @@ def start(device: str, threads: int | None = None) -> Dist:
         torch.use_deterministic_algorithms(True)
         # every kernel here writes what it then reads
         deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        if threads:
+        if threads := threads or int(os.environ.get("OMP_NUM_THREADS") or 0):
             torch.set_num_threads(threads)
     if world_size > 1:
         c10d.init_process_group("nccl" if device == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -41,8 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(process: Process[EvalSpec]) -> Finished | None:
     began, spec = time.monotonic(), process.spec
-    threads = os.environ.get("OMP_NUM_THREADS")
-    dist = start(spec.resources.device, int(threads) if threads else None)
+    dist = start(spec.resources.device)
     process.started("eval", dist.device.type, dist.world_size)
     process.report(PhaseChanged(phase="preparing"))
     subject = find_subject(spec, process.run.path.parent, datasets_root())

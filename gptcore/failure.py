@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from gptcore.events import Failed, Report
+from gptcore.log import reporter
 from gptcore.rundir import Attempt, write_atomically
 from gptcore.spec import SpecError
 
@@ -48,15 +51,20 @@ def describe(error: BaseException, rank: int) -> Failed:
     return Failed.model_validate({"reason": reason, "message": message, "rank": rank, "traceback": trace})
 
 
-def report_failure(error: BaseException, rank: int, attempt: Attempt, report: Report) -> None:
-    """Rank 0 reports; another rank leaves word for it, since its own end breaks rank 0's collective."""
-    failed = describe(error, rank)
-    if rank != 0:
-        write_atomically(attempt.path / f"failed-rank-{rank}.json", failed.model_dump_json())
-        return
-    if failed.reason == "crash":
-        failed = _first_word(attempt, failed)
-    report(failed)
+@contextmanager
+def reporting(attempt: Attempt, rank: int) -> Iterator[Report]:
+    """What breaks within is said before it goes on. Rank 0 reports; another rank leaves word for it, since its own
+    end breaks rank 0's collective."""
+    report = reporter(attempt, first=rank == 0)
+    try:
+        yield report
+    except (KeyboardInterrupt, Exception) as error:
+        failed = describe(error, rank)
+        if rank != 0:
+            write_atomically(attempt.path / f"failed-rank-{rank}.json", failed.model_dump_json())
+        else:
+            report(_first_word(attempt, failed) if failed.reason == "crash" else failed)
+        raise
 
 
 def _first_word(attempt: Attempt, own: Failed) -> Failed:

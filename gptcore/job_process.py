@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from gptcore.events import Finished, Report, Started, Stopped
-from gptcore.failure import report_failure
+from gptcore.failure import reporting
 from gptcore.locks import shared
-from gptcore.log import reporter
 from gptcore.procs import die_with_parent
 from gptcore.rundir import Attempt, RunDir
 from gptcore.spec import JobBase, read_spec
@@ -54,17 +53,13 @@ def run_job(
     run = RunDir(arguments.run_dir.absolute())
     attempt = run.attempt(arguments.attempt)
     rank = int(os.environ.get("RANK", 0))
-    with shared(attempt.lock):
-        report = reporter(attempt, first=rank == 0)
+    with shared(attempt.lock), reporting(attempt, rank) as report:
+        spec = read_spec(run.spec)
+        assert isinstance(spec, wanted), f"a {spec.kind} job came to {wanted.__name__}"
         try:
-            spec = read_spec(run.spec)
-            assert isinstance(spec, wanted), f"a {spec.kind} job came to {wanted.__name__}"
             finished = work(Process(spec, run, attempt, report))
             if finished is not None:
                 report(finished)
         except Told as told:
             report(Stopped.model_validate({"step": 0, "reason": str(told)}))
-        except (KeyboardInterrupt, Exception) as error:
-            report_failure(error, rank, attempt, report)
-            raise
     return 0

@@ -1,6 +1,6 @@
 """From a process's arguments to a Trainer: the run directory, the ranks, the data, the model.
 
-The edge of the trainer: here, and only here, an exception becomes a `failed` event.
+The edge of the trainer: what breaks within `main` becomes a `failed` event here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from gptcore.data import Sequence, Windows
 from gptcore.dataset import Dataset, read_dataset
 from gptcore.dist import Dist, close, start
 from gptcore.events import Notice, PhaseChanged, Report, Started
-from gptcore.failure import report_failure
+from gptcore.failure import reporting
 from gptcore.hellaswag import Item, load_items
 from gptcore.locks import shared
-from gptcore.log import reporter
 from gptcore.model import GPT
 from gptcore.optim import build_optimizers
 from gptcore.plan import Plan, peak_flops, plan, resolve
@@ -58,16 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", 0))
     run, attempt = _claim(arguments, spec, rank)
     with shared(attempt.lock):
-        report = reporter(attempt, first=rank == 0)
-        try:
+        with reporting(attempt, rank) as report:
             spec = resolve(spec, datasets_root())
             dataset = _dataset(spec, rank, report)
-            dist = start(spec.resources.device, _threads())
+            dist = start(spec.resources.device)
             preflight(dist, report)
             build(spec, dataset, dist, run, attempt, report).train()
-        except (KeyboardInterrupt, Exception) as error:
-            report_failure(error, rank, attempt, report)
-            raise
         close()
     return 0
 
@@ -108,11 +103,6 @@ def _wait_for(there: Callable[[], bool], what: str, seconds: float = 60.0) -> No
     while not there():
         assert time.monotonic() < deadline, f"{what} did not appear within {seconds:.0f} s"
         time.sleep(0.05)
-
-
-def _threads() -> int | None:
-    """torchrun sets OMP_NUM_THREADS to 1 unless it is set; alone, all cores are ours."""
-    return int(os.environ.get("OMP_NUM_THREADS") or 0) or None
 
 
 def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: Attempt, report: Report) -> Trainer:
