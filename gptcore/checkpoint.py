@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -167,8 +166,3 @@ def best_checkpoint(run: RunDir, state: TrainState) -> Checkpoint | None:
     """The one with the lowest validation loss; the newest of its step where attempts repeat it."""
     of_step = [c for c in list_checkpoints(run) if c.step == state.best_step]
     return of_step[-1] if of_step else None
-
-
-def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights by name, a tied one once."""
-    return dict(model.named_parameters())

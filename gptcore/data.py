@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gptcore.dataset import HEADER_BYTES, Split, shard_problem
+from gptcore.dist import Dist
 from gptcore.spec import Problem, SpecError
 
 Batch = tuple[Tensor, Tensor]  # tokens, targets (B, T) int64
@@ -37,10 +38,6 @@ class Windows:
         counts = [max(0, (len(shard) - 1) // block_size) for shard in self._shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.count = int(self._ends[-1]) if counts else 0
-        # what is left at the end of each shard
-        self.dropped_tokens = sum(
-            len(s) - min(len(s), n * block_size + 1) for s, n in zip(self._shards, counts, strict=True)
-        )
 
     def read(self, indices: np.ndarray) -> Batch:
         """Window numbers (B,) → tokens, targets (B, T) int64."""
@@ -108,20 +105,18 @@ class Prefetcher:
     def __init__(
         self,
         sequence: Sequence,
+        dist: Dist,
         *,
         position: int,
         sequences_per_step: int,
         micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
     ):
-        self._sequence, self._device = sequence, device
-        self._share = sequences_per_step // world_size
+        self._sequence, self._device = sequence, dist.device
+        share = sequences_per_step // dist.world_size
         self._starts = (
-            first + rank * self._share + offset
+            first + dist.rank * share + offset
             for first in itertools.count(position, sequences_per_step)
-            for offset in range(0, self._share, micro_batch_size)
+            for offset in range(0, share, micro_batch_size)
         )
         self._micro_batch_size = micro_batch_size
         self._ready: queue.Queue[Batch | Exception] = queue.Queue(PREFETCHED_BATCHES)

@@ -27,10 +27,6 @@ class EventBase(BaseModel):
     seq: int = 0
     time: datetime = Field(default_factory=now)
 
-    @property
-    def id(self) -> str:
-        return f"{self.attempt}-{self.seq}"
-
 
 Phase = Literal["preparing", "compiling", "training", "evaluating", "checkpointing", "exporting", "publishing"]
 
@@ -243,11 +239,7 @@ class JsonlReport:
         self._file.write(numbered.model_dump_json() + "\n")
         self._file.flush()
         if isinstance(event, TERMINAL):
-            self.sync()
-
-    def sync(self) -> None:
-        """Make all events so far survive a power cut; called before a checkpoint is published."""
-        os.fsync(self._file.fileno())
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

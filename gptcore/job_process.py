@@ -33,8 +33,8 @@ class Process(Generic[SpecType]):
 
     def heed(self) -> None:
         """Raises Told where the job is to stop; called as often as a person's patience wants."""
-        if self.attempt.stop.exists():
-            raise Told(self.attempt.stop.read_text().strip())
+        if word := self.attempt.told():
+            raise Told(word)
 
     def started(self, kind: str, device: str = "cpu", world_size: int = 1) -> None:
         versions = {"python": platform.python_version()}

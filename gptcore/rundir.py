@@ -43,8 +43,12 @@ class Attempt:
 
     @property
     def stop(self) -> Path:
-        """Holds "pause" or "cancel" once the attempt is to end."""
+        """Holds "pause", "cancel" or "max_duration" once the attempt is to end."""
         return self.path / "stop"
+
+    def told(self) -> str:
+        """What the stop file says; empty where there is none."""
+        return self.stop.read_text().strip() if self.stop.exists() else ""
 
     @property
     def lock(self) -> Path:

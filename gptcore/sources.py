@@ -50,7 +50,7 @@ def text_files(paths: list[Path]) -> Source:
         text = path.read_text(encoding="utf-8", errors="replace")
         return iter([Document(path.name, text)]) if len(files) >= FEW_TEXTS else _pieces(path.name, text)
 
-    return Source(f"text: {_names(paths)}", _fingerprint(files), _one_by_one(files, read))
+    return Source(f"text: {_names(paths)}", _fingerprint(files), partial(_one_by_one, files, read))
 
 
 def jsonl_files(paths: list[Path], field: str) -> Source:
@@ -62,13 +62,13 @@ def jsonl_files(paths: list[Path], field: str) -> Source:
             for number, line in enumerate(lines, 1):
                 yield Document(f"{path.name}:{number}", _field(path, number, line, field))
 
-    return Source(f"jsonl: {_names(paths)}, field {field}", _fingerprint(files), _one_by_one(files, read))
+    return Source(f"jsonl: {_names(paths)}, field {field}", _fingerprint(files), partial(_one_by_one, files, read))
 
 
 def parquet_files(paths: list[Path], field: str) -> Source:
     """Parquet tables; a row is a document, its text in column `field`."""
     files = _files(paths, "*.parquet")
-    read = _parquet_reader([str(path) for path in files], partial(open, mode="rb"), field)
+    read = partial(_from_tables, [str(path) for path in files], partial(open, mode="rb"), field)
     return Source(f"parquet: {_names(paths)}, column {field}", _fingerprint(files), read)
 
 
@@ -85,7 +85,7 @@ def hub_files(repo: str, pattern: str, field: str) -> Source:
     names = sorted(str(name) for name in files.glob(f"datasets/{repo}@{commit}/{pattern}"))
     if not names:
         raise FileNotFoundError(f"dataset {repo} holds no file {pattern}")
-    read = _parquet_reader(names, lambda name: files.open(name, "rb"), field)
+    read = partial(_from_tables, names, partial(files.open, mode="rb"), field)
     return Source(f"hub: {repo}@{commit} {pattern}, column {field}", f"{repo}@{commit}/{pattern}", read)
 
 
@@ -102,32 +102,24 @@ def python_stdlib() -> Source:
         yield Document(str(path.relative_to(folder)), path.read_text(encoding="utf-8", errors="replace"))
 
     description = f"Python {platform.python_version()} standard library"
-    return Source(description, _fingerprint(files), _one_by_one(files, read))
+    return Source(description, _fingerprint(files), partial(_one_by_one, files, read))
 
 
-def _one_by_one(files: list[Path], read: Callable[[Path], Iterator[Document]]) -> Callable[[int], Iterator[Document]]:
-    def from_document(skip: int) -> Iterator[Document]:
-        return islice((document for path in files for document in read(path)), skip, None)
-
-    return from_document
+def _one_by_one(files: list[Path], read: Callable[[Path], Iterator[Document]], skip: int) -> Iterator[Document]:
+    return islice((document for path in files for document in read(path)), skip, None)
 
 
-def _parquet_reader(
-    names: list[str], open_file: Callable[[str], Any], field: str
-) -> Callable[[int], Iterator[Document]]:
-    def from_document(skip: int) -> Iterator[Document]:
-        for name in names:
-            with open_file(name) as file:
-                import pyarrow.parquet
+def _from_tables(names: list[str], open_file: Callable[[str], Any], field: str, skip: int) -> Iterator[Document]:
+    for name in names:
+        with open_file(name) as file:
+            import pyarrow.parquet
 
-                table = pyarrow.parquet.ParquetFile(file)
-                if field not in table.schema_arrow.names:
-                    raise ValueError(f"{name}: no column {field!r}; it has {', '.join(table.schema_arrow.names)}")
-                for row, text in _rows(table, field, skip):
-                    yield Document(f"{PurePath(name).name}:{row}", text)
-                skip = max(0, skip - table.metadata.num_rows)
-
-    return from_document
+            table = pyarrow.parquet.ParquetFile(file)
+            if field not in table.schema_arrow.names:
+                raise ValueError(f"{name}: no column {field!r}; it has {', '.join(table.schema_arrow.names)}")
+            for row, text in _rows(table, field, skip):
+                yield Document(f"{PurePath(name).name}:{row}", text)
+            skip = max(0, skip - table.metadata.num_rows)
 
 
 def _rows(table: Any, field: str, skip: int) -> Iterator[tuple[int, str]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 
 class Tracer:
@@ -18,10 +17,7 @@ class Tracer:
     def before(self, step: int) -> None:
         """Call with the number of the step about to run."""
         if self._steps and step == self._steps[0]:
-            activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(ProfilerActivity.CUDA)
-            self._profile = profile(activities=activities, profile_memory=True)
+            self._profile = profile(profile_memory=True)  # of the CPU, and of the GPU where there is one
             self._profile.__enter__()
 
     def after(self, step: int) -> bool:

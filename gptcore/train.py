@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from gptcore import device as devices
 from gptcore import events, guard, hellaswag
-from gptcore.checkpoint import Checkpoint, Saver, best_checkpoint, list_checkpoints, model_tensors
+from gptcore.checkpoint import Checkpoint, Saver, best_checkpoint, list_checkpoints
 from gptcore.data import Batch, Prefetcher, Sequence
 from gptcore.dataset import Dataset
 from gptcore.dist import Dist
@@ -174,18 +174,12 @@ class Trainer:
 
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float, Any]:
         """Mean loss over the ranks, the gradients' norm, why to stop: the step's only wait for the device."""
-        told = STOP_CODES.get(self._stop_file(), 1) if self.dist.first else 0
+        told = STOP_CODES.get(self.attempt.told(), 1) if self.dist.first else 0
         # filled on the device: a tensor made of a Python number is copied there, and the copy waits for it
         words = torch.stack((loss, torch.full_like(loss, told), torch.full_like(loss, self.signalled)))
         total, code, signals, grad_norm = torch.cat((self.dist.sum(words), norm.to(loss).view(1))).tolist()
         reason = next((r for r, c in STOP_CODES.items() if c == int(code) and c), None)
         return total / self.dist.world_size, grad_norm, reason or ("pause" if signals else None)
-
-    def _stop_file(self) -> str:
-        try:
-            return self.attempt.stop.read_text().strip()
-        except FileNotFoundError:
-            return ""
 
     def _on_signal(self, signum: int, frame: object) -> None:
         self.signalled = True
@@ -297,12 +291,10 @@ class Trainer:
         self._close_batches()
         self.batches = Prefetcher(
             self.train_windows,
+            self.dist,
             position=self.state.position,
             sequences_per_step=self._sequences_per_step,
             micro_batch_size=self.planned.micro_batch_size,
-            rank=self.dist.rank,
-            world_size=self.dist.world_size,
-            device=self.dist.device,
         )
 
     def _close_batches(self) -> None:
@@ -385,7 +377,7 @@ class Trainer:
                 "precision": self.precision,
                 "compiled": self.compiled,
             }
-            self.saver.save(self.state, model_tensors(self.model), moments, shape)
+            self.saver.save(self.state, dict(self.model.named_parameters()), moments, shape)  # a tied one once
 
     def _export(self) -> None:
         """The best checkpoint as a folder that stock `transformers` loads."""

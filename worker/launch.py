@@ -185,7 +185,7 @@ class Launcher:
 
     def _pass_on(self, word: str) -> bool:
         """Tell the trainer to stop; whether it was not told so before."""
-        if _text(self._attempt.stop) == word:
+        if self._attempt.told() == word:
             return False
         write_atomically(self._attempt.stop, word)
         return True
@@ -257,7 +257,7 @@ class Launcher:
             code = self._returncode
             how = f" by {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"
             self._give_up("exited", f"the trainer ended without a word{how}")
-        elif _text(self._attempt.stop) == "pause":
+        elif self._attempt.told() == "pause":
             self._finish("queued", "another of its nodes was drained")
         else:
             self._give_up("exited", "the trainer was told to stop by something else")
@@ -277,10 +277,6 @@ class Launcher:
         job_id, attempt, who = self._job.id, self._ticket.attempt, self._ticket.slot
         most = most or self._settings.max_attempts
         self._hold.insist(lambda: self._hold.store.lose(job_id, attempt, most, error, who=who))
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
 
 
 def _tail(log: Path, lines: int) -> list[str]:
