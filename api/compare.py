@@ -54,7 +54,7 @@ def compare(
         problem = Problem(pointer="/query/job", message=f"job {job} names one job; name another one to compare it with")
         raise Refusal(422, "invalid_parameter", problem.message, [problem])
     jobs = [services.store.get_job(one) for one in dict.fromkeys(job)]
-    runs = [services.runs.run(one.id) for one in jobs]
+    runs = [services.run(one.id) for one in jobs]
     asked: Sequence[Key] = keys or ("train_loss", "val_loss")
     whole = [run.metrics([*asked, "step_seconds"]).series for run in runs]
     thinned = [run.metrics(asked, max_points=max_points).series for run in runs]

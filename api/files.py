@@ -35,7 +35,7 @@ class Artifact(BaseModel):
 def checkpoints(job_id: str, services: With) -> list[CheckpointSummary]:
     """Those kept, oldest first."""
     best = services.store.get_job(job_id).best_checkpoint
-    points = services.runs.run(job_id).metrics(["val_loss"]).series["val_loss"]
+    points = services.run(job_id).metrics(["val_loss"]).series["val_loss"]
     val_losses = dict(zip(points.step, points.value, strict=True))
     return [
         CheckpointSummary(
@@ -51,7 +51,7 @@ def checkpoints(job_id: str, services: With) -> list[CheckpointSummary]:
 def samples(job_id: str, services: With) -> list[Sampled]:
     """Texts that the model wrote while it learned, oldest first; of a step made twice the newest."""
     services.store.get_job(job_id)
-    return services.runs.run(job_id).samples()
+    return services.run(job_id).samples()
 
 
 @router.get("/jobs/{job_id}/artifacts")

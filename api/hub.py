@@ -67,7 +67,7 @@ class Hub:
     """`note_lag` hears of each live event how many seconds ago it was made, by this machine's clock."""
 
     def __init__(self, store: Store, runs: Path, note_lag: Callable[[float], None] = lambda _: None):
-        self._store = store
+        self.store = store
         self._runs = runs
         self._note_lag = note_lag
         self._feeds: dict[str, _Feed] = {}  # by job id
@@ -113,7 +113,7 @@ class Hub:
                 self._leave(job_id, feed, queue)
 
     async def _history(self, job_id: str, after: str) -> AsyncIterator[list[Message]]:
-        while entries := await run_in_threadpool(read_history, self._store, self._runs, job_id, after, PAGE_EVENTS):
+        while entries := await run_in_threadpool(read_history, self.store, self._runs, job_id, after, PAGE_EVENTS):
             yield [_message(*entry) for entry in entries]
             if len(entries) < PAGE_EVENTS:
                 return
@@ -134,7 +134,7 @@ class Hub:
     async def _read(self, job_id: str, after: str, feed: _Feed) -> None:
         try:
             with contextlib.suppress(*AWAY, JobNotFound):
-                async for event in follow_events(self._store.url, job_id, after, QUIET_SECONDS):
+                async for event in follow_events(self.store.url, job_id, after, QUIET_SECONDS):
                     if event is not None:
                         message = _message(*event)
                         feed.put(message)

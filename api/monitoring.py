@@ -8,7 +8,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
@@ -58,25 +58,25 @@ class _Jobs(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily | SummaryMetricFamily]:
         found = self._counting.census()
-        jobs = GaugeMetricFamily("trainmaster_jobs", "Jobs by status", labels=["status"])
-        for status in STATUSES:
-            jobs.add_metric([status], found.statuses.get(status, 0))
-        yield jobs
+        statuses = dict.fromkeys(STATUSES, 0) | found.statuses
+        yield _gauge("trainmaster_jobs", "Jobs by status", "status", statuses)
         yield SummaryMetricFamily(
             "trainmaster_queue_seconds",
             "From submission to start, of the jobs that started",
             count_value=found.started, sum_value=found.queue_seconds,
         )  # fmt: skip
-        waiting = GaugeMetricFamily("trainmaster_oldest_waiting_seconds", "Age of what waits longest", labels=["pool"])
-        for pool, seconds in found.oldest_waiting_seconds.items():
-            waiting.add_metric([pool], seconds)
-        yield waiting
+        oldest = found.oldest_waiting_seconds
+        yield _gauge("trainmaster_oldest_waiting_seconds", "Age of what waits longest", "pool", oldest)
         for name in ("tokens_per_second", "mfu", "train_loss", "recovery_seconds"):
-            family = GaugeMetricFamily(f"trainmaster_job_{name}", "Of each running job, the newest", labels=["job"])
-            for job_id, job in found.running.items():
-                if name in job:
-                    family.add_metric([job_id], job[name])
-            yield family
+            known = {job_id: job[name] for job_id, job in found.running.items() if name in job}
+            yield _gauge(f"trainmaster_job_{name}", "Of each running job, the newest", "job", known)
+
+
+def _gauge(name: str, what: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, what, labels=[label])
+    for value_of, value in values.items():
+        family.add_metric([value_of], value)
+    return family
 
 
 class Observed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,7 @@ from api.monitoring import Monitor
 from api.planning import Planned, planned
 from api.problems import ProblemDetails, Refusal
 from api.repeat import EXAMPLES, Submission, spec_of
-from api.series import EVENT_TYPES, Key, Metrics, ResultKey, RunCache
+from api.series import EVENT_TYPES, Key, Metrics, ResultKey, Run
 from api.stream import LOG_TAIL_BYTES, event_stream, log_stream
 from gptcore.dataset import BUILTIN, list_datasets
 from gptcore.events import Event
@@ -47,7 +48,7 @@ class Services:
     keys: KeyRing
     hub: Hub
     monitor: Monitor
-    runs: RunCache
+    run: Callable[[str], Run]
 
 
 def _services(request: Request) -> Services:
@@ -215,9 +216,9 @@ def metrics(
     """
     services.store.get_job(job_id)
     if _accepts(request, "text/event-stream"):
-        return event_stream(services.hub, services.store, job_id, after or "0-0", EVENT_TYPES)
+        return event_stream(services.hub, job_id, after or "0-0", EVENT_TYPES)
     window = {"from_step": from_step, "to_step": to_step, "max_points": max_points}
-    found = services.runs.run(job_id).metrics(keys, **window)
+    found = services.run(job_id).metrics(keys, **window)
     return PlainTextResponse(found.to_csv(), media_type="text/csv") if _accepts(request, "text/csv") else found
 
 
@@ -235,7 +236,7 @@ def events(
     """
     services.store.get_job(job_id)
     if _accepts(request, "text/event-stream"):
-        return event_stream(services.hub, services.store, job_id, after or "0-0")
+        return event_stream(services.hub, job_id, after or "0-0")
     found = read_history(services.store, services.settings.runs, job_id, after or "0-0", limit + 1)
     page, has_more = found[:limit], len(found) > limit
     # passed on as the trainer wrote them: a newer one may report what this server does not know
@@ -256,7 +257,7 @@ def logs(
     services.store.get_job(job_id)
     run = RunDir(services.settings.runs / job_id)
     if _accepts(request, "text/event-stream"):
-        return log_stream(services.hub, services.store, run, job_id, attempt, after)
+        return log_stream(services.hub, run, job_id, attempt, after)
     logs = {a.number: a.log for a in run.attempts() if a.log.exists()}
     wanted = attempt or max(logs, default=0)
     if wanted not in logs:

@@ -10,8 +10,9 @@ import io
 import threading
 from array import array
 from bisect import bisect_left, bisect_right
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -175,20 +176,6 @@ class Run:
                 curve.put(step, float(value))  # also "NaN" and "Infinity"
 
 
-class RunCache:
-    """The runs asked for last."""
-
-    def __init__(self, root: Path):
-        self._root = root
-        self._runs: OrderedDict[str, Run] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def run(self, job_id: str) -> Run:
-        """`job_id` must be a job's: it becomes a path."""
-        with self._lock:
-            if job_id not in self._runs:
-                self._runs[job_id] = Run(self._root / job_id)
-            self._runs.move_to_end(job_id)
-            if len(self._runs) > RUNS_KEPT:
-                self._runs.popitem(last=False)
-            return self._runs[job_id]
+def run_cache(root: Path) -> Callable[[str], Run]:
+    """From a job's id to its run; those asked for last are kept. The id must be a job's: it becomes a path."""
+    return lru_cache(RUNS_KEPT)(lambda job_id: Run(root / job_id))

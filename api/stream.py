@@ -23,23 +23,23 @@ LOG_POLL_SECONDS, KEEPALIVE_SECONDS = 0.5, 10.0
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"}
 
 
-def event_stream(hub: Hub, store: Store, job_id: str, after: str, types: Collection[str] = ()) -> EventSourceResponse:
+def event_stream(hub: Hub, job_id: str, after: str, types: Collection[str] = ()) -> EventSourceResponse:
     """Events behind `after`, of `types` or all; each is `id`, `event` (its type) and `data` (its JSON).
 
     The last message is `event: end` with the job's status. A stream that closes without one goes on
     for a client that comes back with Last-Event-ID.
     """
-    return EventSourceResponse(_messages(hub, store, job_id, after, types), headers=HEADERS)
+    return EventSourceResponse(_messages(hub, job_id, after, types), headers=HEADERS)
 
 
-async def _messages(hub: Hub, store: Store, job_id: str, after: str, types: Collection[str]) -> AsyncGenerator[bytes]:
+async def _messages(hub: Hub, job_id: str, after: str, types: Collection[str]) -> AsyncGenerator[bytes]:
     yield format_sse_event(retry=RECONNECT_MILLISECONDS)
     try:
         async with aclosing(hub.watch(job_id, after)) as watched:
             async for news in watched:
                 # a comment proves that the stream lives
                 yield b"".join(m.sent for m in news if not types or m.type in types) or KEEPALIVE_COMMENT
-        status, ended = await run_in_threadpool(_status, store, job_id)
+        status, ended = await run_in_threadpool(_status, hub.store, job_id)
     except AWAY:
         return  # closed without an end: the client comes back, and so does Redis
     if ended:
@@ -50,23 +50,19 @@ def _end(status: str) -> bytes:
     return format_sse_event(event="end", data_str=json.dumps({"status": status}))
 
 
-def log_stream(
-    hub: Hub, store: Store, run: RunDir, job_id: str, attempt: int | None, after: str | None
-) -> EventSourceResponse:
+def log_stream(hub: Hub, run: RunDir, job_id: str, attempt: int | None, after: str | None) -> EventSourceResponse:
     """What the trainer prints, as `log` messages with ids {attempt}-{byte}, from the newest attempt's last MiB on."""
     attempt, offset = place(after)[:2] if after else (attempt or 0, -1)
-    return EventSourceResponse(_log_messages(hub, store, run, job_id, attempt, offset), headers=HEADERS)
+    return EventSourceResponse(_log_messages(hub, run, job_id, attempt, offset), headers=HEADERS)
 
 
-async def _log_messages(
-    hub: Hub, store: Store, run: RunDir, job_id: str, attempt: int, offset: int
-) -> AsyncGenerator[bytes]:
+async def _log_messages(hub: Hub, run: RunDir, job_id: str, attempt: int, offset: int) -> AsyncGenerator[bytes]:
     yield format_sse_event(retry=RECONNECT_MILLISECONDS)
     said_at = time.monotonic()
     while not hub.closing:
         try:
             # asked before reading: what a job printed before it ended is there by then
-            status, ended = await run_in_threadpool(_status, store, job_id)
+            status, ended = await run_in_threadpool(_status, hub.store, job_id)
         except AWAY:
             return
         attempt, offset, text = await run_in_threadpool(_read_log, run, attempt, offset, ended)

@@ -82,14 +82,9 @@ class Part:
 
     def stop(self) -> None:
         """Ask it to end, wait, and kill what is left."""
-        if self._process.poll() is None:
-            self._process.terminate()
+        self._process.terminate()  # nothing where it has ended
         try:
             self._process.wait(self._stop_seconds)
         except subprocess.TimeoutExpired:
-            self.kill()
-
-    def kill(self) -> None:
-        if self._process.poll() is None:
             os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
