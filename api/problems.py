@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 
-import redis
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
@@ -14,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gptcore.spec import Problem, SpecError, problems_of
+from worker.connection import AWAY
 from worker.store import BadCursor, IdempotencyConflict, JobNotFound, NodeNotFound, NotPossible
 
 MEDIA_TYPE = "application/problem+json"
@@ -48,54 +48,12 @@ class Refusal(Exception):
         return Response(body, self.details.status, self.headers, media_type=MEDIA_TYPE)
 
 
-async def answer(request: Request, error: Exception) -> Response:
-    """The one exception handler of the application."""
-    return refusal_of(request, error).response()
-
-
-def refusal_of(request: Request, error: Exception) -> Refusal:
-    match error:
-        case Refusal():
-            return error
-        case SpecError():
-            return _invalid("invalid_spec", error.problems)
-        case RequestValidationError():
-            return _invalid_request(error)
-        case JobNotFound():
-            return Refusal(404, "job_not_found", f"there is no job {str(error)!r}; GET /jobs lists them")
-        case NodeNotFound():
-            return Refusal(404, "worker_not_found", f"there is no worker {str(error)!r}; GET /workers lists them")
-        case NotPossible():
-            return Refusal(409, "not_possible", str(error))
-        case IdempotencyConflict():
-            return Refusal(422, "idempotency_conflict", str(error))
-        case BadCursor():
-            return _invalid("invalid_parameter", [Problem(pointer="/query/after", message=str(error))])
-        case redis.ConnectionError() | redis.TimeoutError():
-            detail = "Redis does not answer; running jobs go on, try again in a moment"
-            return Refusal(503, "store_unavailable", detail, headers={"Retry-After": "1"})
-        case HTTPException():
-            return _http(request, error)
-        case _:
-            return Refusal(500, "internal_error", "this is a fault of the server; its log has the traceback")
-
-
-# Starlette looks a handler up by the classes of the exception raised
-HANDLERS: dict[int | type[Exception], Any] = dict.fromkeys(
-    (
-        Refusal, SpecError, RequestValidationError, JobNotFound, NodeNotFound, NotPossible, IdempotencyConflict,
-        BadCursor, redis.ConnectionError, redis.TimeoutError, HTTPException, Exception,
-    ),
-    answer,
-)  # fmt: skip
-
-
 def _invalid(code: str, problems: list[Problem]) -> Refusal:
     detail = "; ".join(f"{problem.pointer or '/'}: {problem.message}" for problem in problems)
     return Refusal(422, code, detail, problems)
 
 
-def _invalid_request(error: RequestValidationError) -> Refusal:
+def _invalid_request(error: RequestValidationError, request: Request) -> Refusal:
     found = error.errors()
     if found[0]["type"] == "json_invalid":
         detail = f"the body is not JSON: {found[0]['ctx']['error']} at character {found[0]['loc'][-1]}"
@@ -109,7 +67,7 @@ def _invalid_request(error: RequestValidationError) -> Refusal:
 _CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "content_too_large"}
 
 
-def _http(request: Request, error: HTTPException) -> Refusal:
+def _http(error: HTTPException, request: Request) -> Refusal:
     """What the framework itself refuses."""
     status, path = error.status_code, request.url.path
     headers = dict(error.headers or {})
@@ -121,3 +79,41 @@ def _http(request: Request, error: HTTPException) -> Refusal:
         405: f"{request.method} is not for {path}; use {headers.get('Allow', 'another method')}",
     }.get(status, error.detail)
     return Refusal(status, _CODES.get(status, f"http_{status}"), detail, headers=headers)
+
+
+def _nothing(what: str, error: Exception) -> Refusal:
+    return Refusal(404, f"{what}_not_found", f"there is no {what} {str(error)!r}; GET /{what}s lists them")
+
+
+def _away(error: Exception, request: Request) -> Refusal:
+    detail = "Redis does not answer; running jobs go on, try again in a moment"
+    return Refusal(503, "store_unavailable", detail, headers={"Retry-After": "1"})
+
+
+REFUSALS: dict[type[Exception], Callable[[Any, Request], Refusal]] = {
+    Refusal: lambda error, _: error,
+    SpecError: lambda error, _: _invalid("invalid_spec", error.problems),
+    RequestValidationError: _invalid_request,
+    JobNotFound: lambda error, _: _nothing("job", error),
+    NodeNotFound: lambda error, _: _nothing("worker", error),
+    NotPossible: lambda error, _: Refusal(409, "not_possible", str(error)),
+    IdempotencyConflict: lambda error, _: Refusal(422, "idempotency_conflict", str(error)),
+    BadCursor: lambda error, _: _invalid("invalid_parameter", [Problem(pointer="/query/after", message=str(error))]),
+    **dict.fromkeys(AWAY, _away),
+    HTTPException: _http,
+    Exception: lambda *_: Refusal(500, "internal_error", "this is a fault of the server; its log has the traceback"),
+}
+
+
+def refusal_of(request: Request, error: Exception) -> Refusal:
+    """By the nearest of the error's classes."""
+    return next(REFUSALS[kind] for kind in type(error).__mro__ if kind in REFUSALS)(error, request)
+
+
+async def answer(request: Request, error: Exception) -> Response:
+    """The one exception handler of the application."""
+    return refusal_of(request, error).response()
+
+
+# Starlette looks a handler up by the classes of the exception raised
+HANDLERS: dict[int | type[Exception], Any] = dict.fromkeys(REFUSALS, answer)
