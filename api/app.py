@@ -21,7 +21,6 @@ from api.series import run_cache
 from worker.census import Counting
 from worker.keyring import KeyRing
 from worker.settings import Settings
-from worker.store import Store
 
 
 class Application(FastAPI):
@@ -45,9 +44,8 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
 
     `open_without_keys`: whether it may serve anyone while there is no key, as on loopback.
     """
-    store, keys = Store(settings.redis_url), KeyRing(settings.redis_url)
-    counting = Counting(settings.redis_url)
-    monitor = Monitor(counting)
+    store, keys = Counting(settings.redis_url), KeyRing(settings.redis_url)
+    monitor = Monitor(store)
     hub = Hub(store, settings.runs, monitor.stream_lag_seconds.observe)
     hosts = filter(None, [urlsplit(settings.url).hostname])
 
@@ -56,7 +54,6 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
         yield
         store.close()
         keys.close()
-        counting.close()
 
     app = Application(
         title="Trainmaster", version=version("trainmaster"), summary="Pretrains GPTs on machines you own.",

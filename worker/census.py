@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from worker.connection import Connected
-from worker.keys import KEYS, scripts
+from worker.keys import KEYS
+from worker.store import Store
 
 RECENT_EVENTS = 50  # among which a running job's last step is looked for
 
@@ -22,13 +22,11 @@ class Census:
     # recovery_seconds, from the loss of an attempt until the next one ran, the last time
 
 
-class Counting(Connected):
-    def __init__(self, url: str):
-        super().__init__(url)
-        self._count = self._redis.register_script(scripts()["census"])
+class Counting(Store):
+    """A store that also counts."""
 
     def census(self) -> Census:
-        counted = json.loads(self._count())
+        counted = json.loads(self._run("census"))
         running = list(counted.pop("running"))  # an empty table is {} in Lua's JSON
         pipeline = self._redis.pipeline(transaction=False)
         for job_id in running:
