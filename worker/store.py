@@ -54,9 +54,6 @@ class Store(Connected):
         self.url = url
         self._scripts = {name: self._redis.register_script(text) for name, text in scripts().items()}
 
-    def ping(self) -> None:
-        self._redis.ping()
-
     def _run(self, name: str, *args: str | float) -> Any:
         return self._scripts[name](args=list(args))
 

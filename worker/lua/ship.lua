@@ -4,21 +4,17 @@
 local id, holder, who, to, before, most, count = unpack(ARGV)
 if not holds(id, holder) then return false end
 
-local function split(event)
+-- where an event stands among all: exact, as no attempt has four thousand million
+local function place(event)
   local attempt, seq = string.match(event, '^(%d+)-(%d+)$')
-  return tonumber(attempt), tonumber(seq)
-end
-local function newer(one, other)
-  local attempt, seq = split(one)
-  local attempt2, seq2 = split(other)
-  return attempt > attempt2 or (attempt == attempt2 and seq > seq2)
+  return attempt * 2 ^ 32 + seq
 end
 
 local known = newest(id)
-if newer(before, known) then return known end
+if place(before) > place(known) then return known end
 local behind = 7 + 2 * tonumber(count)
 for index = 8, behind, 2 do
-  if newer(ARGV[index], known) then
+  if place(ARGV[index]) > place(known) then
     redis.call('XADD', K.events .. id, 'MAXLEN', '~', most, ARGV[index], 'event', ARGV[index + 1])
   end
 end
