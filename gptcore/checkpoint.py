@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -160,6 +161,13 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@torch.no_grad()
+def set_weights(model: torch.nn.Module, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Give a model a checkpoint's weights, rounded to `dtype`."""
+    for name, tensor in weights.items():
+        model.get_parameter(name).copy_(tensor.to(dtype))
 
 
 def best_checkpoint(run: RunDir, state: TrainState) -> Checkpoint | None:

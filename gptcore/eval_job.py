@@ -19,10 +19,9 @@ from gptcore.dist import Dist, close, start
 from gptcore.evaluate import bits_per_byte, val_windows, validation_loss
 from gptcore.events import Finished, PhaseChanged, Scored
 from gptcore.export import export_model
-from gptcore.hellaswag import BATCH_TOKENS, evaluate, load_items
+from gptcore.hellaswag import evaluate, load_items
 from gptcore.job_process import Process, run_job
 from gptcore.native import native_class
-from gptcore.plan import LOSS_CHUNK_ELEMENTS
 from gptcore.rundir import datasets_root, write_atomically
 from gptcore.scorer import Scorer
 from gptcore.spec import EvalSpec, refusal
@@ -100,8 +99,7 @@ def _score_val_loss(spec: EvalSpec, subject: Trained | HubFolder, scorer: Scorer
     windows = Windows(datasets_root() / name, dataset.val, min(scorer.block_size, LONGEST_WINDOW)
                       if trained is None else scorer.block_size)  # fmt: skip
     asked = spec.eval_tokens or (trained.evaluate.eval_tokens if trained else 10_485_760)
-    most = min(BATCH_TOKENS, LOSS_CHUNK_ELEMENTS // scorer.vocab_size)
-    val_loss = validation_loss(scorer.loss, windows, asked, max(1, most // windows.block_size), dist)
+    val_loss = validation_loss(scorer.loss, windows, asked, max(1, scorer.most_tokens // windows.block_size), dist)
     results = {"val_loss": val_loss, "bits_per_byte": bits_per_byte(val_loss, dataset.val)}
     count = val_windows(windows, asked)
     return Scored(step=step, task="val_loss", results=results, items=count, seconds=time.perf_counter() - began)

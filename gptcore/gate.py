@@ -20,8 +20,7 @@ from gptcore.data import Windows
 from gptcore.dataset import read_dataset
 from gptcore.dist import Dist
 from gptcore.evaluate import validation_loss
-from gptcore.hellaswag import BATCH_TOKENS, harness_questions, load_items, sample_of, score
-from gptcore.plan import LOSS_CHUNK_ELEMENTS
+from gptcore.hellaswag import harness_questions, load_items, sample_of, score
 from gptcore.rundir import datasets_root
 from gptcore.scorer import Scorer, score_folder
 
@@ -47,9 +46,8 @@ def look(scorer: Scorer, dataset_name: str, eval_tokens: int) -> dict[str, Tenso
     for T in sorted({min(64, scorer.block_size), scorer.block_size}):
         columns = torch.arange(T, device=scorer.device)
         seen[f"logits_{T}"] = scorer.logits_at(tokens[:, :T], columns[None], None, 0 * columns, columns).cpu()
-    most = min(BATCH_TOKENS, LOSS_CHUNK_ELEMENTS // scorer.vocab_size)
     alone = Dist(0, 0, 1, scorer.device)
-    loss = validation_loss(scorer.loss, windows, eval_tokens, max(1, most // windows.block_size), alone)
+    loss = validation_loss(scorer.loss, windows, eval_tokens, max(1, scorer.most_tokens // windows.block_size), alone)
     seen["val_loss"] = torch.tensor(loss, dtype=torch.float64)
     try:
         items = sample_of(load_items(datasets_root(), "validation"), HELLASWAG_ITEMS)
@@ -92,8 +90,6 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], logged: float) -
 
 def _differing(ours: Tensor, theirs: Tensor) -> int:
     """Items where another ending is chosen, and not for want of a difference."""
-    if len(ours) == 0:
-        return 0
     chosen = theirs.nan_to_num(-torch.inf).argmax(1, keepdim=True)
     lost = ours.max(1).values - ours.gather(1, chosen)[:, 0]
     return int((lost > TIE).sum() + theirs.isnan().any(1).sum())

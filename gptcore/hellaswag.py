@@ -22,12 +22,10 @@ from torch import Tensor
 
 from gptcore.dist import Dist
 from gptcore.events import Scored
-from gptcore.plan import LOSS_CHUNK_ELEMENTS
 from gptcore.scorer import Scorer
 
 REPO = "Rowan/hellaswag"
 FEWSHOT_SEED = 1234  # lm-evaluation-harness's default: the same examples before the same questions
-BATCH_TOKENS = 16_384
 ENDINGS = 4
 
 Item = dict[str, Any]  # activity_label, ctx_a, ctx_b, ctx, endings, label
@@ -195,8 +193,7 @@ def score(
         for row in _rows(number, questions[number], scorer.block_size, scorer.packs)
     ]
     logprob = torch.zeros(len(questions), ENDINGS, dtype=torch.float64, device=scorer.device)
-    most = min(BATCH_TOKENS, LOSS_CHUNK_ELEMENTS // scorer.vocab_size)
-    for batch in _batches(sorted(mine, key=lambda row: len(row.tokens)), most):
+    for batch in _batches(sorted(mine, key=lambda row: len(row.tokens)), scorer.most_tokens):
         between()
         _score_batch(batch, scorer, logprob)
     return Scores(

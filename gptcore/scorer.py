@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptcore.model import GPT
+from gptcore.plan import LOSS_CHUNK_ELEMENTS
 from gptcore.tokenizer import Tokenizer
+
+BATCH_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Scorer:
     eot: int
     packs: bool
     device: torch.device
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a batch: as many as leave the logits room."""
+        return min(BATCH_TOKENS, LOSS_CHUNK_ELEMENTS // self.vocab_size)
 
 
 def score_ours(model: GPT, tokenizer: Tokenizer, device: torch.device) -> Scorer:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gptcore.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
+from gptcore.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, set_weights
 from gptcore.dataset import tokenizer_of
 from gptcore.events import Evaluated
 from gptcore.model import GPT
@@ -35,9 +35,7 @@ class Trained:
     def scorer(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Scorer:
         """The trainer's own model in float32, on weights rounded to `dtype` as an export has them."""
         model = GPT(self.spec.model).to(device).eval()
-        with torch.no_grad():
-            for name, tensor in self.checkpoint.weights().items():
-                model.get_parameter(name).copy_(tensor.to(dtype))
+        set_weights(model, self.checkpoint.weights(), dtype)
         return score_ours(model, load_tokenizer(self.tokenizer), device)
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from gptcore import device as devices
 from gptcore import events, guard, hellaswag
-from gptcore.checkpoint import Checkpoint, Saver, best_checkpoint, list_checkpoints
+from gptcore.checkpoint import Checkpoint, Saver, best_checkpoint, list_checkpoints, set_weights
 from gptcore.data import Batch, Prefetcher, Sequence
 from gptcore.dataset import Dataset
 from gptcore.dist import Dist
@@ -255,7 +255,7 @@ class Trainer:
         if init is None:
             return
         origin = load_origin(init, self.spec.model, self.run.path.parent)
-        self._copy_weights(origin.weights)
+        set_weights(self.model, origin.weights)
         if origin.checkpoint is not None:
             if origin.checkpoint.step >= self.spec.max_steps:
                 message = f"max_steps {self.spec.max_steps} is not beyond {init.source}'s step {origin.checkpoint.step}"
@@ -278,14 +278,9 @@ class Trainer:
         if differing:
             message = f"{checkpoint.path.name} is of another model: {'; '.join(differing)}; start a new job"
             raise SpecError([Problem(pointer="/model", message=message)])
-        self._copy_weights(checkpoint.weights())
+        set_weights(self.model, checkpoint.weights())
         load_optimizer_tensors(self.model, self.optimizers, self.dist, checkpoint.optimizer())
         self.state = checkpoint.state()
-
-    @torch.no_grad()
-    def _copy_weights(self, weights: dict[str, Tensor]) -> None:
-        for name, tensor in weights.items():
-            self.model.get_parameter(name).copy_(tensor)
 
     def _open_batches(self) -> None:
         self._close_batches()
