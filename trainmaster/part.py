@@ -86,5 +86,9 @@ class Part:
         try:
             self._process.wait(self._stop_seconds)
         except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
             os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
