@@ -50,7 +50,7 @@ test-slow: setup
 bench: .peers/litgpt
 	.venv/bin/python benchmarks/throughput.py $(BENCH)
 	-.venv/bin/python benchmarks/time_to_loss.py --seeds $(SEEDS) $(if $(TEXT),--text $(TEXT))
-	-.venv/bin/python benchmarks/service_overhead.py --pairs 3
+	-.venv/bin/python benchmarks/service_overhead.py --pairs 2 --steps 40
 
 lint: setup
 	.venv/bin/ruff check .
