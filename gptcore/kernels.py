@@ -1,14 +1,16 @@
 """Matrix products and attention on a CPU, where torch's own are not the fastest that it brings.
 
-Both are exact: what changes is the order of the sums. Measured in docs/benchmarks.md; on a GPU torch's own run.
+In float32 only the order of the sums changes; in bfloat16 the compiled attention rounds its scores too, which torch's
+keeps in float32. Measured in docs/benchmarks.md; on a GPU torch's own run.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from torch import Tensor
 # torch sends float32 products to MKL, which runs at half speed on AMD; oneDNN, in the same wheel, does not
 ONEDNN = platform.machine() == "x86_64" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SMALLEST_PRODUCT = 2**24  # multiplications: under it, one more call costs what oneDNN saves
-QUERY_BLOCK = 128  # rows of scores at once: they stay in the cache, and half of the masked part is never computed
+SMALL_HEAD = 2**13  # positions times width: up to it torch's attention is slower in bfloat16 than in float32
+BLOCK = 128  # positions: pairs of blocks that the mask hides whole are never computed
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -34,13 +37,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, H, T, D), k and v (B, K, T, D) of one dtype, H a multiple of K → (B, H, T, D).
 
-    Compiled on a CPU, by blocks of queries: the compiler makes one pass over the scores of what are ten eager ones.
+    Compiled on a CPU, by blocks: the compiler makes one pass over the scores of what are ten eager ones.
     """
     if q.device.type == "cpu" and torch.compiler.is_compiling():
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         return torch.ops.gptcore.attention(q, k, v)[0]
+    if q.device.type == "cpu" and q.shape[2] * q.shape[3] <= SMALL_HEAD:
+        with torch.autocast("cpu", enabled=False):
+            return _torch_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return _torch_attention(q, k, v)
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -73,24 +83,37 @@ def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 @torch.compile(dynamic=False)  # by itself: in the model's compilation twelve layers of it would take minutes
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """→ output (B, H, T, D), log_sum (B, K, H/K, T, 1) float32: of each row, kept for the gradient instead of the
-    scores (Dao et al. 2022)."""
-    outputs, log_sums = [], []
-    for rows in _blocks(q):
-        scores = _scores(q, k, rows)
+    """→ output (B, H, T, D), log_sums (n, B·K, G·b, 1) float32: each row's log2 Σ 2^score, kept for the gradient
+    instead of the scores (Dao et al. 2022).
+
+    Each distance has a softmax of its own; the end brings them to one scale.
+    """
+    queries, keys, values = (_blocks(x, k.shape[1]) for x in (q, k, v))
+    softmaxes = []
+    for distance, late, early in _pairs(keys):
+        scores = _scaled(queries[late] @ keys[early].mT, q)
+        if distance == 0:
+            scores = scores.unflatten(2, (-1, keys.shape[2])).masked_fill(_to_come(keys), float("-inf")).flatten(2, 3)
         largest = scores.amax(-1, keepdim=True)
-        weights = (scores - largest).exp()
-        total = weights.sum(-1, keepdim=True)
-        output = _rows_times(weights.to(q.dtype), v[:, :, : rows.stop]) / total  # fewer divisions than of the weights
-        outputs.append(output.to(q.dtype).flatten(1, 2))
-        log_sums.append(largest + total.log())
-    return _as_heads(torch.cat(outputs, 2)), torch.cat(log_sums, 3)
+        weights = torch.exp2(scores - largest)
+        softmaxes.append((largest, weights.sum(-1, keepdim=True), weights.to(q.dtype) @ values[early]))
+    n = len(keys)
+    joined = [_joined([[part[block - d] for part in softmaxes[d]] for d in range(block + 1)]) for block in range(n)]
+    return _heads([output for output, _ in joined], q), torch.stack([log_sum for _, log_sum in joined])
+
+
+def _joined(softmaxes: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of one block of queries, over some keys each: (largest score, sum of weights, output) → output, log_sum."""
+    top = functools.reduce(torch.maximum, [largest for largest, _, _ in softmaxes])
+    scales = [torch.exp2(largest - top) for largest, _, _ in softmaxes]
+    total = _sum(scale * weights for scale, (_, weights, _) in zip(scales, softmaxes, strict=True))
+    output = _sum(scale * output for scale, (_, _, output) in zip(scales, softmaxes, strict=True))
+    return output / total, top + total.log2()
 
 
 def _attention_shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    B, H, T, _ = q.shape
-    K = k.shape[1]
-    return _empty_heads(q), q.new_empty(B, K, H // K, T, 1, dtype=torch.float32)
+    shape = _blocks(q, k.shape[1]).shape
+    return _empty_heads(q), q.new_empty(*shape[:-1], 1, dtype=torch.float32)
 
 
 def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -104,63 +127,75 @@ def _attention_gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tens
 
 @torch.compile(dynamic=False)
 def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, log_sum: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, log_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scale = q.shape[3] ** -0.5
-    shared = _grouped((grad.float() * output.float()).sum(-1, keepdim=True), k)
+    """Scores stand on their side here, keys by queries: of three gradients' products one then transposes, not two."""
+    shared = _blocks((grad.float() * output.float()).sum(-1, keepdim=True), k.shape[1])
+    grads, queries, keys, values = (_blocks(x, k.shape[1]) for x in (grad, q, k, v))
     grads_q, grads_k, grads_v = [], [], []
-    for rows in _blocks(q):
-        seen = slice(rows.stop)
-        weights = (_scores(q, k, rows) - log_sum[:, :, :, rows]).exp()
-        grad_rows = _grouped(grad[:, :, rows], k)
-        grad_weights = _rows_times(grad_rows, v[:, :, seen].mT).float()
-        grad_scores = (weights * (grad_weights - shared[:, :, :, rows]) * scale).to(q.dtype)
-        grads_q.append(_rows_times(grad_scores, k[:, :, seen]).flatten(1, 2))
-        grads_k.append(grad_scores.flatten(2, 3).mT @ _grouped(q[:, :, rows], k).flatten(2, 3))
-        grads_v.append(weights.to(q.dtype).flatten(2, 3).mT @ grad_rows.flatten(2, 3))
-    return _as_heads(torch.cat(grads_q, 2)), _summed(grads_k), _summed(grads_v)
-
-
-def _summed(grads: list[Tensor]) -> Tensor:
-    """Of each block of queries the gradient of the keys that it saw (B, K, seen, D) → of all keys (B, K, T, D)."""
-    sums = [
-        functools.reduce(torch.add, [grad[:, :, block].float() for grad in grads[number:]])
-        for number, block in enumerate(_blocks(grads[-1]))
-    ]
-    return _as_heads(torch.cat(sums, 2).to(grads[0].dtype))
+    for distance, late, early in _pairs(keys):
+        scores = _scaled(keys[early] @ queries[late].mT, q)
+        if distance == 0:
+            to_come = _to_come(keys).T[:, None]
+            scores = scores.unflatten(3, (-1, keys.shape[2])).masked_fill(to_come, float("-inf")).flatten(3, 4)
+        weights = torch.exp2(scores - log_sums[late].mT)
+        grad_weights = (values[early] @ grads[late].mT).float()
+        grad_scores = (weights * (grad_weights - shared[late].mT) * q.shape[3] ** -0.5).to(q.dtype)
+        grads_q.append(grad_scores.mT @ keys[early])
+        grads_k.append(grad_scores @ queries[late])
+        grads_v.append(weights.to(q.dtype) @ grads[late])
+    n = len(keys)
+    of_queries = [_sum(grads_q[d][block - d].float() for d in range(block + 1)) for block in range(n)]
+    of_keys, of_values = (
+        [_sum(x[d][block].float() for d in range(n - block)) for block in range(n)] for x in (grads_k, grads_v)
+    )
+    return _heads(of_queries, q), _heads(of_keys, k), _heads(of_values, v)
 
 
 def _attention_backward_shape(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, log_sum: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, log_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_heads(q), _empty_heads(k), _empty_heads(v)
 
 
-def _blocks(q: Tensor) -> list[slice]:
-    T = q.shape[2]
-    return [slice(first, min(first + QUERY_BLOCK, T)) for first in range(0, T, QUERY_BLOCK)]
+def _blocks(x: Tensor, kv_heads: int) -> Tensor:
+    """x (B, H, T, D) → (n, B·K, G·b, D): n blocks of b positions, the G = H/K query heads of a key head as one's rows.
+
+    Zeros fill the last block: keys that come after every query, queries without a gradient.
+    """
+    T = x.shape[2]
+    size = min(BLOCK, T)
+    x = F.pad(x, (0, 0, 0, -T % size)).unflatten(2, (-1, size)).unflatten(1, (kv_heads, -1))
+    return x.permute(3, 0, 1, 2, 4, 5).flatten(3, 4).flatten(1, 2).contiguous()
 
 
-def _scores(q: Tensor, k: Tensor, rows: slice) -> Tensor:
-    """The scaled scores of some queries, -inf where a query may not look: (B, K, G, rows, rows.stop) float32."""
-    scores = _rows_times(_grouped(q[:, :, rows], k), k[:, :, : rows.stop].mT).float() * q.shape[3] ** -0.5
-    query, key = torch.arange(rows.start, rows.stop, device=q.device), torch.arange(rows.stop, device=q.device)
-    return scores.masked_fill(query[:, None] < key, float("-inf"))
+def _heads(blocks: list[Tensor], like: Tensor) -> Tensor:
+    """What `_blocks` made → as `like` (B, H, T, D), each token's heads side by side, as the next product wants them."""
+    B, H, T, D = like.shape
+    x = torch.stack([block.to(like.dtype) for block in blocks])
+    x = x.unflatten(2, (-1, min(BLOCK, T))).unflatten(1, (B, -1))  # (n, B, K, G, b, D)
+    return x.permute(1, 0, 4, 2, 3, 5).reshape(B, -1, H, D)[:, :T].contiguous().transpose(1, 2)
 
 
-def _grouped(x: Tensor, k: Tensor) -> Tensor:
-    """x (B, H, …) → (B, K, H/K, …): the query heads that share a key head are rows of one product."""
-    return x.unflatten(1, (k.shape[1], -1))
+def _pairs(blocks: Tensor) -> list[tuple[int, slice, slice]]:
+    """(distance, blocks of queries, the blocks of keys as far before them): everything that queries may see."""
+    return [(distance, slice(distance, None), slice(len(blocks) - distance)) for distance in range(len(blocks))]
 
 
-def _rows_times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (B, K, G, rows, N), matrix (B, K, N, M) → (B, K, G, rows, M)."""
-    return (x.flatten(2, 3) @ matrix).unflatten(2, x.shape[2:4])
+def _to_come(keys: Tensor) -> Tensor:
+    """(b, b), true where within its own block a key comes after a query. int32: int64 takes twice as long."""
+    place = torch.arange(keys.shape[2], dtype=torch.int32)
+    return place[:, None] < place
 
 
-def _as_heads(x: Tensor) -> Tensor:
-    """x (B, H, T, D), each token's heads side by side in memory, as the next product wants them."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+def _scaled(products: Tensor, q: Tensor) -> Tensor:
+    """Queries times keys → scores float32, for powers of two: the compiler would keep an exponential that is used
+    twice, and read it again."""
+    return products.float() * (q.shape[3] ** -0.5 * math.log2(math.e))
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
 
 
 def _empty_heads(x: Tensor) -> Tensor:
@@ -178,7 +213,7 @@ _LIBRARY = torch.library.Library("gptcore", "DEF")
 _LIBRARY.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _LIBRARY.define("attention(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor output, Tensor log_sum)"
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor output, Tensor log_sums)"
     " -> (Tensor, Tensor, Tensor)"
 )
 for name, on_cpu, shape in (

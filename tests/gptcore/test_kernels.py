@@ -45,7 +45,7 @@ def test_compiled_attention_is_as_exact_as_torch_own(
     heads: int, key_heads: int, dtype: torch.dtype, factor: float
 ) -> None:
     torch.manual_seed(0)
-    q, k, v = (  # 300 tokens: two full blocks of queries and a part of one
+    q, k, v = (  # 300 tokens: two full blocks and a part of one
         torch.randn(2, 300, n, 32).to(dtype).transpose(1, 2).requires_grad_() for n in (heads, key_heads, key_heads)
     )
     towards = torch.randn(2, heads, 300, 32)
@@ -60,3 +60,15 @@ def test_compiled_attention_is_as_exact_as_torch_own(
     for ours, theirs, exact in zip(mine, torchs, right, strict=True):
         assert ours.dtype == dtype
         assert (ours - exact).abs().max() <= factor * (theirs - exact).abs().max()
+
+
+def test_a_small_head_that_is_not_compiled_attends_in_float32() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 64, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    towards = torch.randn(2, 4, 64, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = with_gradients(causal_attention(q, k, v), [q, k, v], towards)
+    doubles = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    exact = with_gradients(F.scaled_dot_product_attention(*doubles, is_causal=True), doubles, towards.bfloat16())
+    for ours, right in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours, right.to(torch.bfloat16), rtol=2**-7, atol=1e-6)  # an ulp: rounded at the end
