@@ -144,7 +144,7 @@ class Bench:
         run.spec.write_text(resolved.model_dump_json())
         run.claim_attempt()
         ticket = Ticket(job_id=run.path.name, attempt=1, node_rank=0, slot="none")
-        meeting = trainer.Meeting("127.0.0.1", trainer.free_port())
+        meeting = f"127.0.0.1 {trainer.free_port()}"
         command = trainer.command(resolved, self.settings, run.path, ticket, meeting)
         environment = trainer.environment(resolved, self.settings)
         with (run.path / "train.log").open("w") as log:

@@ -62,10 +62,6 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _product_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
 def _keep_product(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight)
@@ -152,12 +148,6 @@ def _attention_backward(
     return _heads(of_queries, q), _heads(of_keys, k), _heads(of_values, v)
 
 
-def _attention_backward_shape(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, log_sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
-
-
 def _blocks(x: Tensor, kv_heads: int) -> Tensor:
     """x (B, H, T, D) → (n, B·K, G·b, D): n blocks of b positions, the G = H/K query heads of a key head as one's rows.
 
@@ -217,9 +207,9 @@ _LIBRARY.define(
     " -> (Tensor, Tensor, Tensor)"
 )
 for name, on_cpu, shape in (
-    ("product", _product, _product_shape),
+    ("product", _product, lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0])),
     ("attention", _attention, _attention_shape),
-    ("attention_backward", _attention_backward, _attention_backward_shape),
+    ("attention_backward", _attention_backward, lambda grad, *qkv: tuple(map(_empty_heads, qkv[:3]))),
 ):
     _LIBRARY.impl(name, _on_values(on_cpu), "CPU")
     torch.library.register_fake(f"gptcore::{name}", shape, lib=_LIBRARY)

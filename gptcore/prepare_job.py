@@ -29,9 +29,8 @@ def _run(process: Process[PrepareSpec]) -> Finished:
         if time.monotonic() - last >= REPORT_EVERY_SECONDS:
             last = time.monotonic()
             share = tokens / spec.max_tokens if spec.max_tokens else None
-            report(
-                PhaseChanged(phase="preparing", message=f"{documents:,} documents, {tokens:,} tokens", progress=share)
-            )
+            said = f"{documents:,} documents, {tokens:,} tokens"
+            report(PhaseChanged(phase="preparing", message=said, progress=share))
 
     report(PhaseChanged(phase="preparing"))
     if spec.source.format == "shards":

@@ -152,9 +152,9 @@ class Launcher:
 
     def _train(self, spec: AnySpec) -> None:
         """Run the trainer to its end, all events shipped. Raises Superseded, the trainer stopped."""
-        meeting = trainer.Meeting(node_address(self._settings), trainer.free_port())
+        meeting = f"{node_address(self._settings)} {trainer.free_port()}"
         if len(self._job.nodes) > 1:
-            self._report(rendezvous=meeting.text())
+            self._report(rendezvous=meeting)
         memory = GpuMemory()
         tree = trainer.start(spec, self._settings, self._run_dir.path, self._ticket, meeting, self._attempt.log)
         try:

@@ -63,7 +63,7 @@ class Member:
         run_dir = self._attempt.path.parents[1]
         spec = read_spec(run_dir / "spec.json")
         log = self._attempt.log.with_stem(f"train-{self._ticket.node_rank}")
-        tree = trainer.start(spec, self._settings, run_dir, self._ticket, trainer.Meeting.parse(meeting), log)
+        tree = trainer.start(spec, self._settings, run_dir, self._ticket, meeting, log)
         over = False
         while tree.alive():
             try:

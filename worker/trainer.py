@@ -6,9 +6,7 @@ import os
 import shlex
 import socket
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 from gptcore.spec import AnySpec, EvalSpec, TrainSpec
 from worker import processes
@@ -23,30 +21,13 @@ MODULES = {
 _PRIVATE = ("TRAINMASTER_REDIS_URL", "TRAINMASTER_API_KEY", "TRAINMASTER_TRAINER")
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """Where the ranks of an attempt meet: on its first node."""
-
-    address: str
-    port: int
-
-    def text(self) -> str:
-        return f"{self.address} {self.port}"
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        address, port = text.split()
-        return cls(address, int(port))
-
-
-def start(
-    spec: AnySpec, settings: Settings, run_dir: Path, ticket: Ticket, meeting: Meeting, log: Path
-) -> processes.Tree:
+def start(spec: AnySpec, settings: Settings, run_dir: Path, ticket: Ticket, meeting: str, log: Path) -> processes.Tree:
+    """meeting: "{address} {port}" on the first node, where the ranks find each other."""
     arguments = command(spec, settings, run_dir, ticket, meeting)
     return processes.Tree(arguments, ticket, environment(spec, settings), run_dir, log, settings.grace_seconds)
 
 
-def command(spec: AnySpec, settings: Settings, run_dir: Path, ticket: Ticket, meeting: Meeting) -> list[str]:
+def command(spec: AnySpec, settings: Settings, run_dir: Path, ticket: Ticket, meeting: str) -> list[str]:
     arguments = [str(run_dir), "--attempt", str(ticket.attempt)]
     if settings.trainer:
         return [*shlex.split(settings.trainer), *arguments, "--node-rank", str(ticket.node_rank)]
@@ -54,10 +35,11 @@ def command(spec: AnySpec, settings: Settings, run_dir: Path, ticket: Ticket, me
     ranks = spec.resources.ranks_per_node if isinstance(spec, TrainSpec | EvalSpec) else 1
     if nodes == ranks == 1:  # torchrun would only load torch once more: over a second, and 200 MB
         return [sys.executable, "-u", "-m", MODULES[spec.kind], *arguments]
+    address, port = meeting.split()
     # max-restarts 0: another attempt is the job system's to make, with a checkpoint and a new number
     torchrun = {
         "nnodes": nodes, "nproc-per-node": ranks, "max-restarts": 0, "rdzv-backend": "static",
-        "node-rank": ticket.node_rank, "master-addr": meeting.address, "master-port": meeting.port,
+        "node-rank": ticket.node_rank, "master-addr": address, "master-port": port,
     }  # fmt: skip
     options = [f"--{name}={value}" for name, value in torchrun.items()]
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", MODULES[spec.kind], *arguments]
@@ -68,9 +50,9 @@ def environment(spec: AnySpec, settings: Settings) -> dict[str, str]:
     ranks = spec.resources.ranks_per_node if isinstance(spec, TrainSpec | EvalSpec) else 1
     inherited = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
     threads = max(1, len(slot_cores()) // ranks)
-    # threads that wait by spinning starve each other once anything else wants a core: beside one busy
-    # process a step on two cores took 1.3 s spinning and 0.8 s sleeping (0.44 and 0.49 s alone)
-    patient = {"OMP_WAIT_POLICY": "PASSIVE"}
+    # threads that wait by spinning starve each other once anything else wants a core, and threads that sleep at once
+    # wake too late for the next small product: libgomp's look a thousand times first (docs/decisions.md)
+    patient = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
     return patient | inherited | {"TRAINMASTER_HOME": str(settings.home), "OMP_NUM_THREADS": str(threads)}
 
 

@@ -72,7 +72,7 @@ def horse(job_id: str) -> int:
 
 def test_one_rank_is_started_without_torchrun_and_several_ranks_or_nodes_by_it(settings: Settings) -> None:
     def command(**resources: int) -> str:
-        ticket, meeting = Ticket(job_id="job-1", attempt=1, node_rank=0, slot="a-0"), trainer.Meeting("127.0.0.1", 1)
+        ticket, meeting = Ticket(job_id="job-1", attempt=1, node_rank=0, slot="a-0"), "127.0.0.1 1"
         spec = parse_spec(train_spec(resources=resources))
         return " ".join(trainer.command(spec, settings, Path("run"), ticket, meeting))
 
@@ -80,6 +80,16 @@ def test_one_rank_is_started_without_torchrun_and_several_ranks_or_nodes_by_it(s
     for several in ({"ranks_per_node": 2}, {"nodes": 2}):
         assert "-m torch.distributed.run" in command(**several)
         assert command(**several).endswith("-m gptcore.train run --attempt 1")
+
+
+def test_a_trainers_threads_wait_as_the_workers_environment_says(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = parse_spec(train_spec())
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert trainer.environment(spec, settings)["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert trainer.environment(spec, settings)["GOMP_SPINCOUNT"] == "7"
 
 
 def test_a_launcher_that_looks_often_asks_redis_seldom(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
