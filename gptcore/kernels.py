@@ -45,8 +45,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         return torch.ops.gptcore.attention(q, k, v)[0]
     if q.device.type == "cpu" and q.shape[2] * q.shape[3] <= SMALL_HEAD:
+        wide = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
-            return _torch_attention(q.float(), k.float(), v.float()).to(q.dtype)
+            return _torch_attention(q.to(wide), k.to(wide), v.to(wide)).to(q.dtype)
     return _torch_attention(q, k, v)
 
 
@@ -153,9 +154,8 @@ def _blocks(x: Tensor, kv_heads: int) -> Tensor:
 
     Zeros fill the last block: keys that come after every query, queries without a gradient.
     """
-    T = x.shape[2]
-    size = min(BLOCK, T)
-    x = F.pad(x, (0, 0, 0, -T % size)).unflatten(2, (-1, size)).unflatten(1, (kv_heads, -1))
+    size = min(BLOCK, x.shape[2])
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size)).unflatten(1, (kv_heads, -1))
     return x.permute(3, 0, 1, 2, 4, 5).flatten(3, 4).flatten(1, 2).contiguous()
 
 
@@ -173,7 +173,7 @@ def _pairs(blocks: Tensor) -> list[tuple[int, slice, slice]]:
 
 
 def _to_come(keys: Tensor) -> Tensor:
-    """(b, b), true where within its own block a key comes after a query. int32: int64 takes twice as long."""
+    """(b, b), true where within its own block a key comes after a query; int32 for half the vectors of int64."""
     place = torch.arange(keys.shape[2], dtype=torch.int32)
     return place[:, None] < place
 

@@ -52,7 +52,7 @@ def environment(spec: AnySpec, settings: Settings) -> dict[str, str]:
     threads = max(1, len(slot_cores()) // ranks)
     # threads that wait by spinning starve each other once anything else wants a core, and threads that sleep at once
     # wake too late for the next small product: libgomp's look a thousand times first (docs/decisions.md)
-    patient = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+    patient = {} if "OMP_WAIT_POLICY" in inherited else {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
     return patient | inherited | {"TRAINMASTER_HOME": str(settings.home), "OMP_NUM_THREADS": str(threads)}
 
 

@@ -72,3 +72,10 @@ def test_a_small_head_that_is_not_compiled_attends_in_float32() -> None:
     exact = with_gradients(F.scaled_dot_product_attention(*doubles, is_causal=True), doubles, towards.bfloat16())
     for ours, right in zip(got, exact, strict=True):
         torch.testing.assert_close(ours, right.to(torch.bfloat16), rtol=2**-7, atol=1e-6)  # an ulp: rounded at the end
+
+
+def test_a_small_head_in_float64_stays_in_float64() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 16, 8, dtype=torch.float64) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(causal_attention(q, k, v), exact, rtol=1e-12, atol=1e-12)

@@ -86,10 +86,14 @@ def test_a_trainers_threads_wait_as_the_workers_environment_says(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = parse_spec(train_spec())
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
     assert trainer.environment(spec, settings)["GOMP_SPINCOUNT"] == "1000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     assert trainer.environment(spec, settings)["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # which a number of looks would overrule
+    assert "GOMP_SPINCOUNT" not in trainer.environment(spec, settings)
 
 
 def test_a_launcher_that_looks_often_asks_redis_seldom(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
