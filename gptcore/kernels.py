@@ -78,7 +78,14 @@ def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-@torch.compile(dynamic=False)  # by itself: in the model's compilation twelve layers of it would take minutes
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By itself: in the model's compilation twelve layers of it would take minutes. At its first call: what merely
+    imports this would wait a second for the compiler."""
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=False))
+    return lambda *given: compiled()(*given)
+
+
+@_compiled
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """→ output (B, H, T, D), log_sums (n, B·K, G·b, 1) float32: each row's log2 Σ 2^score, kept for the gradient
     instead of the scores (Dao et al. 2022).
@@ -122,7 +129,7 @@ def _attention_gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tens
     return torch.ops.gptcore.attention_backward(grad, *ctx.saved_tensors)
 
 
-@torch.compile(dynamic=False)
+@_compiled
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, log_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -90,6 +90,11 @@ def test_what_serves_and_schedules_loads_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_the_compiler_is_not_loaded_before_something_is_compiled() -> None:
+    code = "import sys, gptcore.setup; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_imports_go_round_in_no_circle() -> None:
     graph = {
         module: {name for name in imports_at_load(path) if name in MODULES and name != module}
