@@ -26,7 +26,7 @@ from worker.record import place
 from worker.store import JobNotFound, Store
 
 QUEUE_EVENTS, PAGE_EVENTS = 1000, 1000
-QUIET_SECONDS = 10.0
+QUIET_SECONDS, STOP_SECONDS = 10.0, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,11 @@ class _Feed:
             queue.put_nowait(item)
 
     def stop(self) -> None:
+        """Cancel the reader until it has heard: Python 3.11's `wait_for`, under redis-py, loses a cancellation that
+        comes as a command has just been written."""
         assert self.reader is not None
-        self.reader.cancel()
+        if self.reader.cancel():
+            asyncio.get_running_loop().call_later(STOP_SECONDS, self.stop)
 
 
 class Hub:

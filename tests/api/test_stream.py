@@ -176,6 +176,23 @@ def test_a_watcher_who_leaves_takes_its_connection_along(http: httpx2.Client, ru
     wait_until(lambda: xreads(redis_url) == 0)
 
 
+def test_a_reader_ends_at_whatever_moment_its_last_watcher_leaves(
+    settings: Settings, store: Store, run: FakeRun
+) -> None:
+    async def leave_after(turns: int) -> None:
+        streams, queue = hub.Hub(store, settings.runs), hub.Queue()
+        feed = streams._join(run.id, "0-0", queue)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        streams._leave(run.id, feed, queue)
+        assert feed.reader is not None
+        _, left = await asyncio.wait([feed.reader], timeout=2)
+        assert not left, turns
+
+    for turns in range(0, 200, 2):
+        asyncio.run(leave_after(turns))
+
+
 @pytest.mark.parametrize("attempt", [None, 1])
 def test_a_log_is_shown_as_text(http: httpx2.Client, run: FakeRun, attempt: int | None) -> None:
     query = {"attempt": attempt} if attempt else {}
