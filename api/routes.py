@@ -223,13 +223,7 @@ def metrics(
 
 
 @router.get("/jobs/{job_id}/events", response_model=EventPage, responses=_STREAM, tags=["runs"])
-def events(
-    job_id: str,
-    request: Request,
-    services: With,
-    after: After,
-    limit: Limit = 100,
-) -> Response:
+def events(job_id: str, request: Request, services: With, after: After, limit: Limit = 100) -> Response:
     """What the trainer reported, and between it the job's changes of status; a stream with `Accept: text/event-stream`.
 
     An event's id is {attempt}-{seq}, a change's {attempt}-{seq}.{number}: it stands behind the event newest then.

@@ -103,13 +103,7 @@ class Prefetcher:
     """
 
     def __init__(
-        self,
-        sequence: Sequence,
-        dist: Dist,
-        *,
-        position: int,
-        sequences_per_step: int,
-        micro_batch_size: int,
+        self, sequence: Sequence, dist: Dist, *, position: int, sequences_per_step: int, micro_batch_size: int
     ):
         self._sequence, self._device = sequence, dist.device
         share = sequences_per_step // dist.world_size

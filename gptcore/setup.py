@@ -6,8 +6,10 @@ The edge of the trainer: what breaks within `main` becomes a `failed` event here
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +45,7 @@ PREPARING_SECONDS = 24 * 3600.0
 def main(argv: list[str] | None = None) -> int:
     """Run one attempt. Exit code 0 where it finished or stopped as told, 2 for a spec that cannot run."""
     arguments = _arguments(argv)
+    faulthandler.register(signal.SIGUSR1)  # where every thread is, for who wonders why nothing moves
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     try:

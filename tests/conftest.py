@@ -15,6 +15,7 @@ import pytest
 import redis
 
 from gptcore.procs import die_with_parent
+from worker.job import StatusChange
 from worker.settings import Settings
 from worker.store import Store
 
@@ -89,6 +90,11 @@ def store(redis_url: str) -> Iterator[Store]:
     store = Store(redis_url)
     yield store
     store.close()
+
+
+def status_changes(store: Store, job_id: str) -> list[StatusChange]:
+    """Oldest first; none for a job that does not exist."""
+    return [StatusChange.model_validate_json(text) for _, text in store.read_stream(job_id, "0-0", 1)[1]]
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ class Record(BaseModel, frozen=True, extra="ignore"):
 class JobError(Record):
     """Why a job failed. `log` holds the last lines its trainer printed."""
 
-    # a failed event's reason, or node_lost, launcher_lost, exited, max_duration, invalid_spec, foreign_run_dir
+    # a failed event's reason, or node_lost, launcher_lost, hung, exited, max_duration, invalid_spec, foreign_run_dir
     reason: str
     message: str
     log: list[str] = []

@@ -68,6 +68,7 @@ class Launcher:
         self._ship_at = float("-inf")
         self._word = ""  # how the attempt is to end, once it is: what the stop file says
         self._broken = ""  # what broke on another of its nodes
+        self._hung = ""  # why its trainer is taken for one that hangs
         self._returncode = 0  # the trainer's: says something only where the trainer could not
 
     def run(self) -> None:
@@ -180,6 +181,9 @@ class Launcher:
             tree.end_within(self._settings.grace_seconds)
         if self._broken:
             tree.end_within(BROKEN_SECONDS)
+        if self._hung and self._pass_on("pause"):  # one that is only slow leaves with a checkpoint
+            tree.show_stacks()
+            tree.end_within(self._settings.grace_seconds)
         if self._shipper.progress.outcome is not None:  # it said its last word
             tree.end_within(self._settings.grace_seconds)
 
@@ -217,11 +221,13 @@ class Launcher:
 
     def _send(self) -> None:
         """Ship what there is, unless Redis is away: the same lines are sent again."""
-        if time.monotonic() < self._ship_at:
+        if (silent_seconds := time.monotonic() - self._ship_at) < 0:
             return
         with suppress(*AWAY, Superseded):  # the next renewal tells whether another attempt has the job
             if self._shipper.send("running", self._ticket.slot, ran_seconds=self._ran_seconds()):
                 self._ship_at = time.monotonic() + SHIP_SECONDS
+            else:
+                self._hung = self._hung or self._shipper.progress.hang(silent_seconds, self._settings.hang_seconds)
 
     def _ship_all(self) -> None:
         while self._hold.insist(lambda: self._shipper.send(ran_seconds=self._ran_seconds())):
@@ -247,6 +253,8 @@ class Launcher:
             reached = f"{step} of {self._job.total_steps} steps"
             message = f"reached max_duration_seconds {self._limit:g} after {reached}; its checkpoints are kept"
             self._fail("max_duration", message, log_lines=0)
+        elif self._hung:
+            self._give_up("hung", self._hung)
         elif self._broken:
             self._give_up("exited", self._broken)
         elif isinstance(outcome, Failed):

@@ -52,6 +52,12 @@ class Tree:
         """Let it end by itself for so long; then `alive` kills it."""
         self._kill_at = min(self._kill_at, time.monotonic() + seconds)
 
+    def show_stacks(self) -> None:
+        """Have each trainer print where its threads are (`gptcore.setup`). torchrun ends of it, and so do its ranks."""
+        for process in living(**self._marks):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGUSR1)
+
     def alive(self) -> bool:
         """Whether any process of it lives; kills those whose time is over."""
         left = []

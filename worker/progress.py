@@ -9,6 +9,7 @@ from gptcore import events
 from worker.job import BestCheckpoint
 
 RECENT_STEPS = 10  # that the shown speed is the mean of
+HANG_STEPS = 20  # of the slowest so far: a silence in training that long is none of work
 
 
 class Progress:
@@ -17,12 +18,24 @@ class Progress:
         self._results: dict[str, float] = {}
         self._first: events.Step | None = None
         self._recent: deque[events.Step] = deque(maxlen=RECENT_STEPS)
+        self._phase, self._slowest_seconds = "", 0.0
         self.outcome: events.Finished | events.Stopped | events.Failed | None = None
 
     @property
     def step(self) -> int:
         """The last step that this attempt reached; 0 before it made one."""
         return self._recent[-1].step if self._recent else 0
+
+    def hang(self, silent_seconds: float, patience_seconds: float) -> str:
+        """What to say of a trainer that was silent for so long; "" while it may be at work.
+
+        Only steps are judged, by those before them: a compilation or an evaluation may take hours.
+        """
+        too_long = max(patience_seconds, HANG_STEPS * self._slowest_seconds)
+        if self._phase != "training" or not self.step or silent_seconds < too_long:
+            return ""
+        slowest = f"the slowest before took {self._slowest_seconds:.3g} s"
+        return f"no step for {silent_seconds:.0f} s after step {self.step}, {slowest}: it hangs"
 
     def take(self, event: events.EventBase) -> dict[str, Any]:
         """The job's fields that this event changes."""
@@ -31,6 +44,7 @@ class Progress:
                 self._total_steps = event.total_steps or self._total_steps
                 return {"total_steps": self._total_steps}
             case events.PhaseChanged():
+                self._phase = event.phase
                 return {"phase": event.phase, "progress": event.progress}
             case events.Step():
                 return self._step(event)
@@ -56,6 +70,7 @@ class Progress:
     def _step(self, event: events.Step) -> dict[str, Any]:
         self._first = self._first or event
         self._recent.append(event)
+        self._slowest_seconds = max(self._slowest_seconds, event.step_seconds)
         total = self._total_steps
         rates = [step.tokens_per_second for step in self._recent]
         mfus = [step.mfu for step in self._recent if step.mfu is not None]

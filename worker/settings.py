@@ -31,6 +31,7 @@ class Settings:
     slots: str = ""  # "0-3,4-7": ranges of CPU cores or GPUs; empty: one slot with everything
     device: Literal["auto", "cpu", "cuda"] = "auto"
     grace_seconds: float = Field(default=60.0, gt=0)  # from a stop's word to the kill of the whole tree
+    hang_seconds: float = Field(default=600.0, gt=0)  # without a step; see Progress.hang
     max_attempts: int = Field(default=3, gt=0)  # lost in a row without a new checkpoint
     price_per_gpu_hour: float = Field(default=0.0, ge=0)  # in whatever currency; 0: none is shown
     hf_namespaces: tuple[str, ...] = ()  # owners on the Hub in whose name jobs may publish

@@ -13,7 +13,7 @@ from gptcore.plan import Hardware, Plan
 from gptcore.spec import AnySpec
 from worker.connection import Connected
 from worker.doorbell import Doorbell
-from worker.job import Job, JobError, JobPage, Node, Status, StatusChange, Ticket, new_job_id
+from worker.job import Job, JobError, JobPage, Node, Status, Ticket, new_job_id
 from worker.keys import KEYS, scripts
 from worker.record import changes_of, flat, job_of, new_record
 
@@ -60,15 +60,9 @@ class Store(Connected):
     # ---- jobs
 
     def create_job(
-        self,
-        spec: AnySpec,
-        plan: Plan | None,
-        *,
-        idempotency_key: str | None = None,
-        body_sha256: str = "",
-        parent_job_id: str | None = None,
-        children: Sequence[AnySpec] = (),
-    ) -> tuple[Job, bool]:
+        self, spec: AnySpec, plan: Plan | None, *, idempotency_key: str | None = None, body_sha256: str = "",
+        parent_job_id: str | None = None, children: Sequence[AnySpec] = (),
+    ) -> tuple[Job, bool]:  # fmt: skip
         """Queue a resolved spec, or find the job that this key made in the last 24 h.
 
         With a parent it waits for that job to succeed, and is cancelled where it does not. `children` are
@@ -117,15 +111,9 @@ class Store(Connected):
         return [job_of(fields, rank) for fields, rank in zip(found, pipeline.execute(), strict=True)]
 
     def list_jobs(
-        self,
-        *,
-        status: str | None = None,
-        kind: str | None = None,
-        label: str | None = None,
-        name: str | None = None,
-        limit: int = 20,
-        after: str | None = None,
-    ) -> JobPage:
+        self, *, status: str | None = None, kind: str | None = None, label: str | None = None,
+        name: str | None = None, limit: int = 20, after: str | None = None,
+    ) -> JobPage:  # fmt: skip
         """Newest first. `label` is "key" or "key=value"; `after` a page's `next`. Raises BadCursor."""
         if after is not None and not after.isdecimal():
             raise BadCursor(f"after {after!r} is no cursor; use the `next` of the page before")
@@ -137,11 +125,8 @@ class Store(Connected):
         below = "+inf" if after is None else f"({after}"
         found = self._run("list", below, limit + 1, json.dumps(filters, ensure_ascii=False))
         page, has_more = found[:limit], len(found) > limit
-        return JobPage(
-            data=self._get_jobs([job_id for job_id, _ in page]),
-            has_more=has_more,
-            next=page[-1][1] if has_more else None,
-        )
+        data = self._get_jobs([job_id for job_id, _ in page])
+        return JobPage(data=data, has_more=has_more, next=page[-1][1] if has_more else None)
 
     def request_cancel(self, job_id: str, who: str = "api") -> Job:
         """Wish a job's end; again and again does no more than once. Raises JobNotFound."""
@@ -176,10 +161,6 @@ class Store(Connected):
             raise JobNotFound(job_id)
         return self.get_job(job_id)
 
-    def status_changes(self, job_id: str) -> list[StatusChange]:
-        """Oldest first; none for a job that does not exist."""
-        return changes_of(self._redis.xrange(KEYS["changes"] + job_id))
-
     # ---- the launcher's side: all of it asks first whether the attempt still has the job
 
     def claim(self, ticket: Ticket, boot: str, runs_root: str = "") -> bool:
@@ -211,16 +192,9 @@ class Store(Connected):
         self.ship(job_id, attempt, "0-0", [], fields, who=who, status=status)
 
     def ship(
-        self,
-        job_id: str,
-        attempt: int,
-        before: str,
-        events: Sequence[tuple[str, str]],
-        fields: Mapping[str, Any],
-        *,
-        who: str = "",
-        status: Status | None = None,
-    ) -> str | None:
+        self, job_id: str, attempt: int, before: str, events: Sequence[tuple[str, str]], fields: Mapping[str, Any],
+        *, who: str = "", status: Status | None = None,
+    ) -> str | None:  # fmt: skip
         """Add (id, JSON) events behind the one with id `before`, and `report`; those there already stay alone.
 
         Returns None; or, where the stream ends before `before`, the id of its newest event: an older state

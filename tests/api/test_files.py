@@ -17,6 +17,7 @@ from gptcore.locks import shared
 from gptcore.spec import parse_spec
 from tests.api.server import FakeRun, evaluated, train_spec
 from tests.api.test_stream import stream
+from tests.conftest import status_changes
 from trainmaster import Client
 from worker.job import BestCheckpoint
 from worker.settings import Settings
@@ -108,7 +109,7 @@ def test_an_ended_job_is_deleted_with_all_that_it_left(
     client.delete(run.id)
     assert not (settings.runs / run.id).exists()
     assert http.get(f"/jobs/{run.id}").status_code == http.delete(f"/jobs/{run.id}").status_code == 404
-    assert http.get("/jobs").json()["data"] == [] and store.read_events(run.id) == [] == store.status_changes(run.id)
+    assert http.get("/jobs").json()["data"] == [] and store.read_events(run.id) == [] == status_changes(store, run.id)
 
 
 def test_a_job_that_another_reads_from_stays_until_that_has_ended(

@@ -10,6 +10,7 @@ import pytest
 import redis
 
 from tests.api.server import FakeRun, Server, train_spec
+from tests.conftest import status_changes
 from trainmaster import Client, TrainmasterError
 from worker.keyring import SCOPES, KeyRing, Scope
 from worker.settings import Settings
@@ -139,7 +140,7 @@ def test_the_audit_says_who_did_what(http: httpx2.Client, ring: KeyRing, store: 
         ("command line", f"create key {key.id}", "created"),
     ]
     assert [outcome for _, _, outcome in said[:2]] == ["revoked", "created"]
-    assert store.status_changes(run.id)[-1].who == f"key {key.id}"
+    assert status_changes(store, run.id)[-1].who == f"key {key.id}"
 
 
 def test_the_client_sends_the_key_of_the_environment(

@@ -13,6 +13,7 @@ from gptcore.locks import is_held
 from gptcore.rundir import RunDir
 from tests.chaos.watch import Watch
 from tests.chaos.world import World
+from tests.conftest import status_changes
 from tests.worker.conftest import living
 from worker.job import TRANSITIONS
 from worker.keys import KEYS
@@ -152,6 +153,6 @@ def _left_over(world: World, job_id: str, run: RunDir) -> list[str]:
 
 
 def _illegal_moves(world: World, job_id: str) -> list[str]:
-    changes = world.store.status_changes(job_id)
+    changes = status_changes(world.store, job_id)
     moves = [(before.to_status, after.to_status) for before, after in pairwise(changes)]
     return [f"status went from {a} to {b}" for a, b in moves if b not in TRANSITIONS[a]]  # type: ignore[index]

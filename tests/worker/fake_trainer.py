@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def follow(attempt: Attempt, labels: dict[str, str], rank: int) -> None:
 
 def main() -> None:
     die_with_parent()
+    faulthandler.register(signal.SIGUSR1)
     run, number = RunDir(Path(sys.argv[1])), int(sys.argv[3])
     spec = read_spec(run.spec)
     assert isinstance(spec, TrainSpec)
@@ -66,6 +68,9 @@ def main() -> None:
                 run.checkpoints.mkdir(exist_ok=True)
                 (run.checkpoints / "step-3").touch()
                 report(events.Checkpointed(step=3, path="step-3", bytes=0, seconds=0.0))
+            if step == 3 and labels.get("hangs", "") >= str(number):
+                report(events.PhaseChanged(phase="training"))
+                time.sleep(1000)
             if step == 3 and "fails" in labels:
                 report(events.Failed.model_validate({"reason": labels["fails"], "message": "as it was told"}))
                 sys.exit(1)
@@ -80,4 +85,5 @@ def main() -> None:
         report(events.Finished(step=spec.max_steps, seconds=1.0))
 
 
-main()
+if __name__ == "__main__":
+    main()

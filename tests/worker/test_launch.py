@@ -17,15 +17,17 @@ from rq import Queue
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
-from gptcore.events import Finished, JsonlReport, Notice, parse_event, read_lines
+from gptcore.events import Finished, JsonlReport, Notice, PhaseChanged, parse_event, read_lines
 from gptcore.rundir import RunDir
 from gptcore.spec import parse_spec
-from tests.conftest import wait_until
+from tests.conftest import status_changes, wait_until
 from tests.worker.conftest import Worker, living, node, start, train_spec
+from tests.worker.fake_trainer import step_event
 from worker import trainer
 from worker.hold import ASK_SECONDS, Hold
 from worker.job import Job, JobError, Ticket
 from worker.keys import KEYS
+from worker.progress import Progress
 from worker.settings import Settings
 from worker.store import Store
 from worker.tasks import FUNCTION, TicketJob
@@ -51,7 +53,7 @@ def at_step(store: Store, job_id: str, step: int) -> None:
 
 
 def statuses(store: Store, job_id: str) -> list[str]:
-    return [change.to_status for change in store.status_changes(job_id)]
+    return [change.to_status for change in status_changes(store, job_id)]
 
 
 def written(settings: Settings, job_id: str) -> list[str]:
@@ -178,6 +180,29 @@ def test_a_trainer_deaf_to_the_stop_file_is_killed_after_its_grace(
     at_step(store, job_id, 1)
     store.request_cancel(job_id)
     assert ended(store, job_id).status == "cancelled" and living(job_id) == []
+
+
+def test_a_trainer_that_hangs_shows_where_and_is_followed_by_another_attempt(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(replace(fake, hang_seconds=1.0))
+    job = ended(store, submit(store, hangs="1"))
+    assert (job.status, job.attempt, living(job.id)) == ("succeeded", 2, [])
+    why = [change.why for change in status_changes(store, job.id)]
+    assert any("no step for" in text and "after step 3" in text for text in why)
+    log = RunDir(fake.runs / job.id).attempt(1).log.read_text()
+    assert "fake_trainer.py" in log and "in main" in log
+
+
+def test_only_a_silence_far_longer_than_any_step_is_a_hang() -> None:
+    progress = Progress(None)
+    for event in (PhaseChanged(phase="training"), step_event(1).model_copy(update={"step_seconds": 2.0})):
+        assert progress.hang(1e6, 10.0) == ""  # before a step there is nothing to judge by
+        progress.take(event)
+    assert progress.hang(39.0, 10.0) == "" and "for 41 s after step 1" in progress.hang(41.0, 10.0)
+    assert progress.hang(41.0, 50.0) == ""
+    progress.take(PhaseChanged(phase="evaluating"))
+    assert progress.hang(1e6, 10.0) == ""
 
 
 def test_max_duration_ends_a_run_and_says_how_far_it_came(
@@ -426,7 +451,7 @@ def test_an_attempt_that_redis_would_make_again_gets_the_next_number(
     start_worker(fake)
     at_step(store, job_id, 3)
     assert store.get_job(job_id).attempt == 4
-    assert "in a history that Redis forgot" in [c.why for c in store.status_changes(job_id)][2]
+    assert "in a history that Redis forgot" in [c.why for c in status_changes(store, job_id)][2]
     store.request_cancel(job_id)
     assert ended(store, job_id).status == "cancelled"
     assert shipped(store, job_id) == written(fake, job_id) and "a time that" in shipped(store, job_id)[2]

@@ -14,7 +14,7 @@ import pytest
 from gptcore.prepare import prepare
 from gptcore.sources import text_files
 from gptcore.spec import parse_spec
-from tests.conftest import wait_until
+from tests.conftest import status_changes, wait_until
 from tests.worker.conftest import Worker, living, train_spec
 from tests.worker.test_end_to_end import TEXTS
 from tests.worker.test_launch import at_step, ended, shipped, statuses, written
@@ -119,7 +119,7 @@ def test_a_lost_node_is_named_and_the_job_goes_on_with_another(
     for process in processes_of(fake, lost):  # as when its power fails: it neither goes on nor says so
         process.suspend()
     wait_until(lambda: store.get_job(job_id).attempt == 2 and store.get_job(job_id).status == "running", 40)
-    assert f"attempt 1: node {lost} was lost" in [change.why for change in store.status_changes(job_id)]
+    assert f"attempt 1: node {lost} was lost" in [change.why for change in status_changes(store, job_id)]
     assert lost not in [part.node for part in store.get_job(job_id).nodes]
     for process in processes_of(fake, lost):
         process.resume()
@@ -142,7 +142,7 @@ def test_torchrun_over_two_nodes_trains_and_resumes(
     rank.kill()
     wait_until(lambda: store.get_job(job_id).ended, 90)
     job = store.get_job(job_id)
-    assert (job.status, job.attempt) == ("succeeded", 2), (job.error, store.status_changes(job_id))
+    assert (job.status, job.attempt) == ("succeeded", 2), (job.error, status_changes(store, job_id))
     seen = [json.loads(line) for line in shipped(store, job_id)]
     assert all(e["world_size"] == 2 for e in seen if e["type"] == "started")
     assert any("all 2 ranks answer; 8 MiB to a node and back: node rank 1" in e.get("message", "") for e in seen)
