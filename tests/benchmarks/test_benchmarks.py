@@ -6,12 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import gpu, gradients, recipes
 from benchmarks.recipes import LR_SCALES, recipe_spec
@@ -22,15 +20,6 @@ from gptcore.spec import TrainSpec, parse_spec
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 ROOT = Path(__file__).parents[2]
 ON_CPU = ["--device", "cpu", "--tiny", "--size", "124m"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Toy sizes: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows_of(part: str, file: Path, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
