@@ -146,11 +146,13 @@ def jobs(
     kind: Annotated[str | None, Query(description="train, prepare, eval, publish")] = None,
     label: Annotated[str | None, Query(description="key, or key=value")] = None,
     name: str | None = None,
+    parent_job_id: Annotated[str | None, Query(description="only jobs about this one: evaluations, publishing")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(description="a page's `next`")] = None,
 ) -> JobPage:
     """Jobs, newest first."""
-    return services.store.list_jobs(status=status, kind=kind, label=label, name=name, limit=limit, after=after)
+    filters = {"status": status, "kind": kind, "label": label, "name": name, "parent_job_id": parent_job_id}
+    return services.store.list_jobs(**filters, limit=limit, after=after)
 
 
 @router.get("/jobs/{job_id}", tags=["jobs"])

@@ -243,7 +243,8 @@ def show(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
-    """Follow a job to its end. Exit code 0 when it succeeded. --json prints its events, one a line."""
+    """Follow a job, and what follows it, to the end. Exit code 0 when all succeeded. --json prints the job's own
+    events, one a line."""
     raise typer.Exit(_watch(Client(url), job, as_json))
 
 
@@ -380,7 +381,7 @@ def _plan_here(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _watch(client: Client, job_id: str, as_json: bool) -> int:
-    """Follow a job to its end → exit code."""
+    """Follow a job to its end, and in words also the jobs about it → exit code."""
     from trainmaster.watch import follow
 
     events = client.events(job_id)
@@ -396,7 +397,10 @@ def _watch(client: Client, job_id: str, as_json: bool) -> int:
     job = client.job(job_id)
     if not as_json:
         console.print(job_table(job))
-    return 0 if job["status"] == "succeeded" else 1
+    if job["status"] != "succeeded":
+        return 1
+    about_it = [] if as_json else client.jobs(parent_job_id=job_id, limit=100)["data"]
+    return max([0, *(_watch(client, one["id"], as_json) for one in reversed(about_it))])
 
 
 if __name__ == "__main__":

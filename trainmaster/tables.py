@@ -61,7 +61,8 @@ def job_table(job: Mapping[str, Any]) -> Table:
     rows = [
         ("id", job["id"]),
         ("status", status),
-        ("progress", f"{job['step']}/{job['total_steps'] or '?'} steps, attempt {job['attempt']}"),
+        ("steps", f"{job['step']}/{job['total_steps']}" if job["total_steps"] else ""),
+        ("attempt", str(job["attempt"])),
         ("best", f"val loss {best['val_loss']:.4f} at step {best['step']}" if best else ""),
         *((name, f"{value:.4f}") for name, value in job["results"].items()),
         ("published", f"{job['published']['url']} at {job['published']['tag']}" if job["published"] else ""),
@@ -77,14 +78,14 @@ def job_table(job: Mapping[str, Any]) -> Table:
 
 
 def jobs_table(page: Mapping[str, Any]) -> Table:
-    table = Table(box=SIMPLE)
+    table = Table(box=SIMPLE, padding=0, collapse_padding=True)  # a name must have room in eighty columns
     for heading in ("id", "name", "kind", "status", "step", "val loss", "created"):
-        table.add_column(heading, no_wrap=heading != "name")
+        table.add_column(heading, no_wrap=heading != "name", overflow="fold")
     for job in page["data"]:
         best = job["best_checkpoint"]
         table.add_row(
             job["id"], Text(job["name"]), job["kind"], Text(job["status"], style=STYLES.get(job["status"], "")),
-            f"{job['step']}/{job['total_steps'] or '?'}",
+            f"{job['step']}/{job['total_steps']}" if job["total_steps"] else "",
             f"{best['val_loss']:.4f}" if best else "",
             moment(job["created_at"], "%m-%d %H:%M"),
         )  # fmt: skip

@@ -33,7 +33,8 @@ class Follower:
             case "started":
                 self.total_steps = event["total_steps"] or self.total_steps
                 self._recent.clear()
-                return f"attempt {event['attempt']} on {event['device_name']}, {event['parameters']:,} parameters"
+                of = f", {event['parameters']:,} parameters" if event["parameters"] else ""
+                return f"attempt {event['attempt']} on {event['device_name']}{of}"
             case "phase":
                 self.phase = event["phase"]
             case "step":

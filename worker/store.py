@@ -112,16 +112,15 @@ class Store(Connected):
 
     def list_jobs(
         self, *, status: str | None = None, kind: str | None = None, label: str | None = None,
-        name: str | None = None, limit: int = 20, after: str | None = None,
+        name: str | None = None, parent_job_id: str | None = None, limit: int = 20, after: str | None = None,
     ) -> JobPage:  # fmt: skip
         """Newest first. `label` is "key" or "key=value"; `after` a page's `next`. Raises BadCursor."""
         if after is not None and not after.isdecimal():
             raise BadCursor(f"after {after!r} is no cursor; use the `next` of the page before")
         key, has_value, value = (label or "").partition("=")
-        asked = {"status": status, "kind": kind, "name": name, "label": key if label is not None else None}
+        asked = {"status": status, "kind": kind, "name": name, "parent_job_id": parent_job_id}
+        asked |= {"label": label and key, "value": value if has_value else None}
         filters = {field: text for field, text in asked.items() if text is not None}
-        if has_value:
-            filters["value"] = value
         below = "+inf" if after is None else f"({after}"
         found = self._run("list", below, limit + 1, json.dumps(filters, ensure_ascii=False))
         page, has_more = found[:limit], len(found) > limit

@@ -194,12 +194,15 @@ class RunView {
   constructor(id) {
     this.id = id;
     this.job = null;
+    this.aboutIt = []; // jobs: evaluations of this run, and what publishes it
     this.curves = null;
     this.stream = null; // what stops it; null: poll() opens one
     this.drawn = true;
     for (const chart of Object.values(charts)) chart.clear();
     byId("run-title").textContent = "";
     byId("figures").replaceChildren();
+    byId("results-card").hidden = byId("samples-card").hidden = true;
+    this.sampled = 0; // how often, by the steps made
     byId("job-link").href = path(id);
     byId("metrics-link").href = path(id, "/metrics");
     byId("log-link").href = path(id, "/logs");
@@ -240,12 +243,17 @@ class RunView {
   }
 
   async refresh() {
-    const job = await ask(path(this.id));
+    const [job, about] = await Promise.all([
+      ask(path(this.id)),
+      ask(`/jobs?limit=100&parent_job_id=${encodeURIComponent(this.id)}`),
+    ]);
     if (view !== this) return;
     const before = this.job?.status;
     this.job = job;
+    this.aboutIt = about.data;
     if (before && before !== job.status) tell(`${job.name} is ${job.status}`);
     this.showJob();
+    await this.showSamples();
     if (!this.stream && !(this.curves && ENDED.includes(before))) await this.open();
   }
 
@@ -259,6 +267,13 @@ class RunView {
     );
     showStatus(byId("run-status"), job);
     byId("run-reason").textContent = job.error ? "" : job.status_reason;
+    const parent = element("a", "", `about ${job.parent_job_id}`);
+    parent.href = `#${job.parent_job_id}`;
+    byId("run-parent").replaceChildren(job.parent_job_id ? parent : "");
+    const pause = byId("pause");
+    pause.hidden = ENDED.includes(job.status);
+    pause.disabled = ["pausing", "cancelling"].includes(job.status);
+    pause.textContent = job.status === "paused" ? "Resume" : "Pause";
     const cancel = byId("cancel");
     cancel.hidden = ENDED.includes(job.status);
     cancel.disabled = job.status === "cancelling";
@@ -273,22 +288,57 @@ class RunView {
     for (const part of document.querySelectorAll(".train-only")) part.hidden = job.kind !== "train";
     byId("spec").textContent = JSON.stringify(job.spec, null, 2);
     this.showFigures();
+    this.showResults();
+  }
+
+  /* What the model wrote as it trained, newest first. */
+  async showSamples() {
+    const { spec, step } = this.job;
+    const sampled = spec.sample ? Math.floor(step / spec.sample.every_steps) + (step === spec.max_steps) : 0;
+    if (sampled <= this.sampled) return;
+    const samples = await ask(path(this.id, "/samples"));
+    if (view !== this || !samples.length) return;
+    // a sample is written after its step was told: this one may still be missing
+    this.sampled = samples.at(-1).step > step - spec.sample.every_steps ? sampled : this.sampled;
+    const shown = samples.reverse().map((one) => [
+      element("p", "quiet", `step ${count(one.step)}`), element("pre", "", one.prompt + one.text),
+    ]); // prettier-ignore
+    byId("samples").replaceChildren(...shown.flat());
+    byId("samples-card").hidden = false;
+  }
+
+  /* What evaluations and publishing came to: this job's, and those of the jobs about it. */
+  showResults() {
+    const own = outcome(this.job);
+    const line = (...parts) => element("li", "", ...parts.flatMap((part) => [part, " "]));
+    const items = own.length ? [line(...own)] : [];
+    for (const job of [...this.aboutIt].reverse()) {
+      const [link, pill] = [element("a", "", job.name), element("span", "pill")];
+      link.href = `#${job.id}`;
+      showStatus(pill, job);
+      items.push(line(link, pill, ...outcome(job)));
+    }
+    byId("results-card").hidden = !items.length;
+    byId("results").replaceChildren(...items);
   }
 
   showFigures() {
     const { job, curves } = this;
     const best = job.best_checkpoint;
     const ran = ranSeconds(job);
-    const figures = [
+    const ofTraining = [
       ["Train loss", loss(curves?.train_loss.last)],
       ["Best validation loss", best ? loss(best.val_loss) : "–", best ? `step ${count(best.step)}` : ""],
       ["Bits per byte", loss(curves?.bits_per_byte.last)],
       ["Tokens per second", job.tokens_per_second ? compact.format(job.tokens_per_second) : "–", mfu(job)],
       ["Tokens seen", compact.format(job.tokens_seen), job.plan ? `of ${compact.format(job.plan.total_tokens)}` : ""],
+      ["Parameters", job.plan ? compact.format(job.plan.parameters) : "–"],
+    ];
+    const figures = [
+      ...(job.kind === "train" ? ofTraining : []),
       ENDED.includes(job.status)
         ? ["Took", ran === null ? "–" : duration(ran)]
         : ["Time left", job.eta_seconds == null ? "–" : duration(job.eta_seconds), ran === null ? "" : `${duration(ran)} so far`],
-      ["Parameters", job.plan ? compact.format(job.plan.parameters) : "–"],
       ["Attempt", job.attempt || "–", job.nodes.map((node) => node.slot).join(", ")],
     ];
     byId("figures").replaceChildren(
@@ -329,6 +379,17 @@ function describe(id, text) {
   byId(id).setAttribute("aria-label", text);
 }
 
+/* A job's results, by name, and where it published. */
+function outcome(job) {
+  const found = Object.entries(job.results).map(([name, value]) => element("span", "", `${name} ${value.toFixed(4)}`));
+  if (job.published?.url.startsWith("https://")) {
+    const link = element("a", "", `${job.published.repo} at ${job.published.tag}`);
+    link.href = job.published.url;
+    found.push(link);
+  }
+  return found;
+}
+
 function mfu(job) {
   return job.mfu ? `${(100 * job.mfu).toFixed(1)} % MFU` : "";
 }
@@ -339,7 +400,12 @@ byId("smoothing").addEventListener("input", (event) => {
   if (view.curves) view.draw();
 });
 
-// ---- cancelling
+// ---- pausing and cancelling
+
+byId("pause").addEventListener("click", async () => {
+  await attempt(() => ask(path(view.id, view.job.status === "paused" ? "/resume" : "/pause"), { method: "POST" }));
+  poll();
+});
 
 const dialog = byId("cancel-dialog");
 byId("cancel").addEventListener("click", () => {

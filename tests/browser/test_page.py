@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from gptcore.events import Sampled
+from gptcore.spec import parse_spec
 from tests.api.server import FakeRun, Server, evaluated, step, train_spec
 from tests.browser.conftest import Complaints
 from tests.conftest import wait_until
 from worker.job import BestCheckpoint, JobError
 from worker.keyring import KeyRing
+from worker.settings import Settings
 from worker.store import Store
 
 pytestmark = pytest.mark.slow
@@ -121,6 +124,42 @@ def test_a_run_is_cancelled_by_keyboard_after_a_question(
     expect(page.locator("#news")).to_have_text("tiny is cancelled")
 
 
+def test_a_run_is_paused_and_resumed(page: Page, server: Server, run: FakeRun) -> None:
+    feed(run, 1, 5)
+    page.goto(f"{server.url}/#{run.id}")
+    page.get_by_role("button", name="Pause").click()
+    expect(page.locator("#run-status")).to_have_text("pausing")
+    expect(page.get_by_role("button", name="Pause")).to_be_disabled()
+    run.end("queued")  # as a launcher says that its trainer has left
+    expect(page.locator("#run-status")).to_have_text("paused")
+    page.get_by_role("button", name="Resume").click()
+    expect(page.locator("#run-status")).to_have_text("queued")
+
+
+def test_what_evaluations_found_and_the_model_wrote_stands_with_its_run(
+    page: Page, server: Server, new_run: Callable[..., FakeRun], settings: Settings, store: Store
+) -> None:
+    run = new_run(sample={"every_steps": 10, "prompt": "def "})
+    spec = parse_spec({"kind": "eval", "name": "scores", "source": run.id, "tasks": ["hellaswag"]})
+    evaluation = FakeRun(settings, store, store.create_job(spec, None, parent_job_id=run.id)[0])
+    page.goto(f"{server.url}/#{run.id}")
+    expect(page.locator("#results")).to_have_text("scores queued")
+    feed(run, 1, 12)
+    run.write(Sampled(step=10, prompt="def ", text="<b>run():"))
+    expect(page.locator("#samples")).to_have_text("step 10def <b>run():")
+    run.end("succeeded")
+    evaluation.begin_attempt()
+    evaluation.report(results={"hellaswag_acc_norm": 0.29514})
+    evaluation.end("succeeded")
+    expect(page.locator("#results")).to_have_text("scores succeeded hellaswag_acc_norm 0.2951")
+    page.get_by_role("link", name="scores").click()
+    expect(page.locator("#results")).to_have_text("hellaswag_acc_norm 0.2951")
+    expect(page.locator("#figures dt")).to_have_text(["Took", "Attempt"])
+    expect(page.locator("#samples-card")).to_be_hidden()
+    page.get_by_role("link", name=f"about {run.id}").click()
+    expect(page.locator("#run-title")).to_have_text("tiny")
+
+
 def test_what_a_user_wrote_is_shown_and_never_run(page: Page, server: Server, new_run: Callable[..., FakeRun]) -> None:
     hostile = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
     run = new_run(labels={"note": hostile})
@@ -187,8 +226,11 @@ def test_a_run_that_is_not_there_is_said_so(page: Page, server: Server, complain
 def test_the_page_fits_its_width_in_both_themes(
     browser: Browser, server: Server, new_run: Callable[..., FakeRun], theme: str, width: int
 ) -> None:
-    run = new_run(name="a-name-without-any-place-to-break-it-in-two-or-three-lines-of-text", labels={"k": "v" * 150})
+    name = "a-name-without-any-place-to-break-it-in-two-or-three-lines-of-text"
+    run = new_run(name=name, labels={"k": "v" * 150}, sample={"every_steps": 30})
     feed(run, 1, 30)
+    run.write(Sampled(step=30, prompt="p", text="t" * 300))
+    run.report(results={f"lm_eval:{'a' * 60}/acc": 0.5})
     run.end("failed", error=JobError(reason="crash", message="m" * 200, log=["l" * 300]))
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=theme)  # type: ignore[arg-type]
     page.goto(server.url)

@@ -51,7 +51,7 @@ def running(client: Client, job_id: str) -> Callable[[], bool]:
 def test_a_job_goes_through_the_stack_by_command(start_up: StartUp, home: Path, tmp_path: Path) -> None:
     up, client = start_up()
     spec = tmp_path / "tiny.json"
-    spec.write_text(json.dumps(TINY))
+    spec.write_text(json.dumps({**TINY, "evaluate": {**TINY["evaluate"], "final_tasks": ["val_loss"]}}))
     url = ["--url", client.url]
 
     planned = json.loads(run("plan", str(spec), *url, "--json").stdout)
@@ -61,11 +61,12 @@ def test_a_job_goes_through_the_stack_by_command(start_up: StartUp, home: Path, 
     watched = run("submit", str(spec), "--name", "mine", "--watch", *url)
     assert watched.returncode == 0, watched.stdout + watched.stderr
     job_id = watched.stdout.split()[0]
-    assert "step 4: " in watched.stdout and "succeeded" in watched.stdout
+    assert "step 4: " in watched.stdout and watched.stdout.count("succeeded") == 2  # the run, and its evaluation
+    assert "bits_per_byte" in watched.stdout
 
     shown = json.loads(run("show", job_id, *url, "--json").stdout)
     assert (shown["name"], shown["status"], shown["step"]) == ("mine", "succeeded", 4)
-    listed = json.loads(run("list", "--status", "succeeded", *url, "--json").stdout)
+    listed = json.loads(run("list", "--status", "succeeded", "--kind", "train", *url, "--json").stdout)
     assert [job["id"] for job in listed["data"]] == [job_id]
     assert job_id in run("list", *url).stdout
     assert (home / "runs" / job_id / "export" / "config.json").is_file()

@@ -49,6 +49,11 @@ def submit(server: Server, body: dict[str, Any]) -> str:
     return job_id
 
 
+def about(server: Server, job_id: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = server.http.get("/jobs", params={"parent_job_id": job_id}).json()["data"]
+    return found
+
+
 def refused(server: Server, body: dict[str, Any]) -> dict[str, str]:
     answer = server.http.post("/jobs", json=body)
     assert answer.status_code == 422, answer.text
@@ -72,7 +77,7 @@ def test_a_run_is_evaluated_and_published_by_jobs_that_follow_it(
     wait_until(lambda: store.pool_hardware("default"))
     evaluate = {"every_steps": 6, "eval_tokens": 2048, "final_tasks": ["val_loss", "hellaswag"]}
     job_id = submit(server, training(evaluate=evaluate, publish={"repo": "me/tiny", "dtype": "fp32"}))
-    children = {job.kind: job for job in store.list_jobs().data if job.parent_job_id == job_id}
+    children = {job["kind"]: store.get_job(job["id"]) for job in about(server, job_id)}
     assert children.keys() == {"eval", "publish"}
     assert all(child.status_reason == f"waits for {job_id}" for child in children.values())
     assert ended(store, job_id).status == "succeeded"

@@ -76,6 +76,8 @@ def test_lists_are_newest_first_and_pages_join_without_gap(store: Store) -> None
         after = page.next
     assert seen == made[::-1]
     assert [job.name for job in store.list_jobs(label="even=True", limit=2).data] == ["n6", "n4"]
+    about_one = store.create_job(parse_spec(train_spec()), None, parent_job_id=made[0])[0]
+    assert [job.id for job in store.list_jobs(parent_job_id=made[0]).data] == [about_one.id]
     assert store.list_jobs(status="running").data == []
     with pytest.raises(BadCursor):
         store.list_jobs(after="job-x")
