@@ -352,16 +352,22 @@ class Trainer:
         asked = self.spec.sample
         if asked is None or not self.dist.first:
             return
+        self._phase("evaluating")
         tokenizer = load_tokenizer(self.dataset.tokenizer)
         seed = self.spec.seed * 1_000_003 + self.state.step
         with self._autocast():
             text = sample(self.model, tokenizer, asked.prompt, asked.max_tokens, asked.temperature, seed)
         self.report(events.Sampled(step=self.state.step, prompt=asked.prompt, text=text))
+        self._phase("training")
 
     # --- what it leaves behind
 
     def _save(self) -> None:
-        """A checkpoint of now, written while training goes on. All ranks call; rank 0 writes."""
+        """A checkpoint of now, written while training goes on. All ranks call; rank 0 writes.
+
+        The phase says that it is not a step that takes long where a slow disk still writes the one before.
+        """
+        self._phase("checkpointing")
         moments = optimizer_tensors(self.model, self.optimizers, self.dist)
         if self.dist.first:
             self.state.probe_loss = self._probe_loss()
@@ -373,6 +379,7 @@ class Trainer:
                 "compiled": self.compiled,
             }
             self.saver.save(self.state, dict(self.model.named_parameters()), moments, shape)  # a tied one once
+        self._phase("training")
 
     def _export(self) -> None:
         """The best checkpoint as a folder that stock `transformers` loads."""

@@ -34,15 +34,10 @@ class Tree:
         launcher = os.getpid()
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                command,
-                env={**environment, **self._marks},
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, env={**environment, **self._marks}, cwd=folder, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
                 preexec_fn=lambda: die_with_parent(signal.SIGTERM, launcher),
-            )
+            )  # fmt: skip
 
     @property
     def returncode(self) -> int | None:

@@ -243,14 +243,12 @@ class RunView {
   }
 
   async refresh() {
-    const [job, about] = await Promise.all([
-      ask(path(this.id)),
-      ask(`/jobs?limit=100&parent_job_id=${encodeURIComponent(this.id)}`),
-    ]);
+    const job = await ask(path(this.id));
+    const aboutIt = job.kind === "train" ? (await ask(`/jobs?limit=100&parent_job_id=${job.id}`)).data : [];
     if (view !== this) return;
     const before = this.job?.status;
     this.job = job;
-    this.aboutIt = about.data;
+    this.aboutIt = aboutIt;
     if (before && before !== job.status) tell(`${job.name} is ${job.status}`);
     this.showJob();
     await this.showSamples();

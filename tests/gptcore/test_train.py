@@ -3,6 +3,7 @@ import os
 import random
 import signal
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptcore.checkpoint import list_checkpoints
 from gptcore.dataset import read_dataset
 from gptcore.dist import Dist
-from gptcore.events import Evaluated, Exported, Failed, Finished, Resumed, Sampled, Started, Step, Stopped
+from gptcore.events import Evaluated, Exported, Failed, Finished, PhaseChanged, Resumed, Sampled, Started, Step, Stopped
 from gptcore.plan import resolve
 from gptcore.rundir import RunDir
 from gptcore.setup import build
@@ -50,6 +51,13 @@ def test_a_run_learns_evaluates_exports_and_says_so(train: Trainers) -> None:
     assert [e.step for e in evaluated] == [10, 20, 30, 40]
     assert finished.best_val_loss == min(e.val_loss for e in evaluated)
     assert len(done.of_type(Sampled)) == 2
+    # only what is called training is taken for a step that takes too long
+    phase, seen = "", defaultdict(set)
+    for event in events:
+        phase = event.phase if isinstance(event, PhaseChanged) else phase
+        seen[type(event)].add(phase)
+    assert seen[Step] == {"training"} and seen[Sampled] == seen[Evaluated] == {"evaluating"}
+    assert "checkpointing" in seen[PhaseChanged]
     assert (done.run.path / done.of_type(Exported)[0].path / "model.safetensors").is_file()
 
 

@@ -1,5 +1,6 @@
--- below which number ('+inf' or '(number'), most, filters as JSON {status, kind, name, parent_job_id, label, value}, those wanted
--- → ids and numbers of the jobs that fit, newest first. Here and not by many questions: twelve thousand take one.
+-- below which number ('+inf' or '(number'), most, filters as JSON {status, kind, name, parent_job_id, label, value},
+-- those wanted → ids and numbers of the jobs that fit, newest first. Here and not by many questions: twelve
+-- thousand take one.
 local below, most, filters = ARGV[1], tonumber(ARGV[2]), cjson.decode(ARGV[3])
 local fields, wanted = {'status'}, {false}
 for _, field in ipairs({'status', 'kind', 'name', 'parent_job_id'}) do
