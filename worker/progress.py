@@ -35,7 +35,7 @@ class Progress:
         if self._phase != "training" or not self.step or silent_seconds < too_long:
             return ""
         slowest = f"the slowest before took {self._slowest_seconds:.3g} s"
-        return f"no step for {silent_seconds:.0f} s after step {self.step}, {slowest}: it hangs"
+        return f"no step for {silent_seconds:.0f} s after step {self.step}, {slowest}: it hangs; its log shows where"
 
     def take(self, event: events.EventBase) -> dict[str, Any]:
         """The job's fields that this event changes."""
