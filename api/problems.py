@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gptcore.spec import Problem, SpecError, problems_of
-from worker.connection import AWAY
+from worker.connection import AWAY, TakesNoWrites
 from worker.store import BadCursor, IdempotencyConflict, JobNotFound, NodeNotFound, NotPossible
 
 MEDIA_TYPE = "application/problem+json"
@@ -86,7 +86,8 @@ def _nothing(what: str, error: Exception) -> Refusal:
 
 
 def _away(error: Exception, request: Request) -> Refusal:
-    detail = "Redis does not answer; running jobs go on, try again in a moment"
+    what = str(error) if isinstance(error, TakesNoWrites) else "Redis does not answer"
+    detail = f"{what}; running jobs go on, try again in a moment"
     return Refusal(503, "store_unavailable", detail, headers={"Retry-After": "1"})
 
 

@@ -236,14 +236,9 @@ def _score_batch(batch: list[_Row], scorer: Scorer, logprob: Tensor) -> None:
 
 
 def evaluate(
-    items: Sequence[Item],
-    scorer: Scorer,
-    dist: Dist,
-    step: int,
-    examples: int = 0,
-    pool: Sequence[Item] = (),
+    items: Sequence[Item], scorer: Scorer, dist: Dist, step: int, examples: int = 0, pool: Sequence[Item] = (),
     between: Callable[[], None] = lambda: None,
-) -> Scored:
+) -> Scored:  # fmt: skip
     """Both conventions; with `examples` solved ones from `pool` before each question only the harness's."""
     began, suffix = time.perf_counter(), f"@{examples}" if examples else ""
     drawn = draw_examples(items, pool, examples) if examples else None

@@ -101,16 +101,10 @@ class SplitWriter:
 
 
 def prepare(
-    root: Path,
-    name: str,
-    source: Source,
-    tokenizer_name: str,
-    *,
-    val_fraction: float = 0.01,
-    max_tokens: int | None = None,
-    shard_tokens: int = 100_000_000,
+    root: Path, name: str, source: Source, tokenizer_name: str, *, val_fraction: float = 0.01,
+    max_tokens: int | None = None, shard_tokens: int = 100_000_000,
     progress: Progress = lambda documents, tokens: None,
-) -> Dataset:
+) -> Dataset:  # fmt: skip
     """Write `root/name/` from a source's documents; an equal dataset that is there already is kept.
 
     Raises ValueError where another dataset has the name, or nothing is left for one of the splits.

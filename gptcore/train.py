@@ -89,15 +89,12 @@ class Trainer:
             self.report(events.Stopped(step=self.state.step, reason=stop))
             return
         self._export()
-        self.report(
-            events.Finished(
-                step=self.state.step,
-                tokens=self.state.tokens,
-                best_step=self.state.best_step,
-                best_val_loss=self.state.best_val_loss,
-                seconds=time.perf_counter() - self.started_at,
-            )
-        )
+        state = self.state
+        finished = events.Finished(
+            step=state.step, tokens=state.tokens, best_step=state.best_step, best_val_loss=state.best_val_loss,
+            seconds=time.perf_counter() - self.started_at,
+        )  # fmt: skip
+        self.report(finished)
 
     def _step_until_done(self) -> Any:
         """Returns why to stop, or None once all steps are done."""
@@ -372,12 +369,9 @@ class Trainer:
         if self.dist.first:
             self.state.probe_loss = self._probe_loss()
             shape = {
-                "world_size": self.dist.world_size,
-                "micro_batch_size": self.planned.micro_batch_size,
-                "threads": torch.get_num_threads(),
-                "precision": self.precision,
-                "compiled": self.compiled,
-            }
+                "world_size": self.dist.world_size, "micro_batch_size": self.planned.micro_batch_size,
+                "threads": torch.get_num_threads(), "precision": self.precision, "compiled": self.compiled,
+            }  # fmt: skip
             self.saver.save(self.state, dict(self.model.named_parameters()), moments, shape)  # a tied one once
         self._phase("training")
 

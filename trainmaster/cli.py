@@ -20,7 +20,7 @@ from rich.console import Console
 from gptcore.spec import DataSpec, SpecError
 from trainmaster.client import Client, TrainmasterError
 from trainmaster.mistake import Mistake
-from trainmaster.tables import facts, job_table, jobs_table, keys_table, plan_table
+from trainmaster.tables import facts, job_table, jobs_table, keys_table, plan_table, workers_table
 from worker.settings import BadSetting, Settings
 
 if TYPE_CHECKING:
@@ -246,6 +246,26 @@ def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Follow a job, and what follows it, to the end. Exit code 0 when all succeeded. --json prints the job's own
     events, one a line."""
     raise typer.Exit(_watch(Client(url), job, as_json))
+
+
+@app.command()
+def logs(job: JobId, url: Url = None) -> None:
+    """Print what a job's trainer prints, from the last MiB on, to the job's end."""
+    for text in Client(url).log(job):
+        typer.echo(text)
+
+
+@app.command()
+def workers(url: Url = None, as_json: AsJson = False) -> None:
+    """List nodes, their slots and who has them."""
+    _show(Client(url).workers(), as_json, workers_table)
+
+
+@app.command()
+def delete(job: JobId, url: Url = None) -> None:
+    """Delete a job that has ended, with its checkpoints and everything else in its run directory."""
+    Client(url).delete(job)
+    console.print(f"{job} deleted")
 
 
 @app.command()

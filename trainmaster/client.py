@@ -18,7 +18,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import httpx2
 
@@ -108,6 +108,10 @@ class Client:
         """Delete a job that has ended, with its run directory."""
         self._call("DELETE", f"/jobs/{job_id}")
 
+    def workers(self) -> list[Json]:
+        """Every node known, with its slots and who has them."""
+        return cast(list[Json], self._call("GET", "/workers"))
+
     def metrics(self, job_id: str, **query: Any) -> Json:
         """A run's curves → {"job_id", "last_event_id", "series": {key: {"step": [], "value": []}}}."""
         return self._call("GET", f"/jobs/{job_id}/metrics", params=query)
@@ -117,18 +121,23 @@ class Client:
         return self._call("GET", "/compare", params={"job": list(job_ids), **query})
 
     def events(self, job_id: str, after: str | None = None) -> Iterator[Json]:
-        """Every event of a job, live, until the job has ended; `after` is the id of the last one known.
+        """Every event of a job, live, until the job has ended; `after` is the id of the last one known."""
+        return (json.loads(data) for data in self._follow(f"/jobs/{job_id}/events", after))
 
-        Reconnects where it left off: no event is missed or seen twice.
-        """
+    def log(self, job_id: str) -> Iterator[str]:
+        """What a job's trainers print, from the newest attempt's last MiB on, until the job has ended."""
+        return self._follow(f"/jobs/{job_id}/logs")
+
+    def _follow(self, path: str, after: str | None = None) -> Iterator[str]:
+        """A stream's data. Reconnects where it left off: nothing is missed or seen twice."""
         trial = _Trial(STREAM_SECONDS)
         while True:
             try:
-                for event in self._stream(f"/jobs/{job_id}/events", after):
+                for event in self._stream(path, after):
                     if event.event == "end":
                         return
                     after, trial = event.id, _Trial(STREAM_SECONDS)
-                    yield json.loads(event.data)
+                    yield event.data
             except httpx2.TransportError as error:
                 trial.failed(_unreachable(error))
             except TrainmasterError as error:

@@ -116,13 +116,11 @@ def _result(client: Client, job: dict[str, Any], settings: Settings, began: floa
 def _load_and_sample(export: Path) -> tuple[str | None, str]:
     """A sample by stock transformers in a process of its own, or why there is none."""
     parent = os.getpid()
+    command = [sys.executable, "-m", "trainmaster.sample", str(export), "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "trainmaster.sample", str(export), "--json"],
-        capture_output=True,
-        text=True,
-        start_new_session=True,
+        command, capture_output=True, text=True, start_new_session=True,
         preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent),
-    )
+    )  # fmt: skip
     if done.returncode != 0:
         return None, f"transformers did not load {export}:\n{done.stderr.strip()}"
     return str(json.loads(done.stdout.splitlines()[-1])["sample"]), ""

@@ -28,16 +28,9 @@ class Part:
     """
 
     def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        *,
-        log: Path | None,
-        environment: Mapping[str, str] | None = None,
-        pass_fds: Sequence[int] = (),
-        death_signal: signal.Signals = signal.SIGKILL,
-        stop_seconds: float = 5.0,
-    ):
+        self, name: str, command: Sequence[str], *, log: Path | None, environment: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (), death_signal: signal.Signals = signal.SIGKILL, stop_seconds: float = 5.0,
+    ):  # fmt: skip
         self.name = name
         self._log = log
         self._log_start = log.stat().st_size if log is not None and log.exists() else 0
@@ -46,17 +39,12 @@ class Part:
         self.started_at = time.monotonic()
         with ExitStack() as files:
             output = files.enter_context(log.open("ab")) if log is not None else None
+            # in a session of its own: Ctrl-C reaches us alone, and we stop the parts in order
             self._process = subprocess.Popen(
-                command,
-                env={**os.environ, **(environment or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output is not None else None,
-                pass_fds=pass_fds,
-                # a session of its own: Ctrl-C reaches us alone, and we stop the parts in order
-                start_new_session=True,
+                command, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT if output is not None else None, pass_fds=pass_fds, start_new_session=True,
                 preexec_fn=lambda: die_with_parent(death_signal, parent),
-            )
+            )  # fmt: skip
 
     @property
     def pid(self) -> int:

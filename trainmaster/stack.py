@@ -39,16 +39,9 @@ class Stack:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        *,
-        own_redis: bool = True,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        api: bool = True,
-        worker: bool = True,
-        logs: bool = True,
-    ):
+        self, settings: Settings, *, own_redis: bool = True, host: str = "127.0.0.1", port: int = 0, api: bool = True,
+        worker: bool = True, logs: bool = True,
+    ):  # fmt: skip
         self._settings = settings
         self._own_redis = RedisServer(settings.home) if own_redis else None
         self._address = (host, port)

@@ -92,6 +92,16 @@ def jobs_table(page: Mapping[str, Any]) -> Table:
     return table
 
 
+def workers_table(nodes: Iterable[Mapping[str, Any]]) -> Table:
+    table = Table("node", "pool", "is", "slot", "offers", "job", box=SIMPLE)
+    for node in nodes:
+        state = ("live" if node["schedulable"] else "drained") if node["live"] else "gone"
+        for slot in node["slots"]:
+            offers = f"{slot['hardware']['ranks']} × {slot['hardware']['device_name']}"
+            table.add_row(node["id"], node["pool"], state, slot["id"], offers, slot["job_id"])
+    return table
+
+
 def keys_table(keys: Iterable[Mapping[str, Any]]) -> Table:
     table = Table("id", "name", "scope", "created", box=SIMPLE)
     for key in keys:

@@ -21,7 +21,7 @@ import psutil
 
 from gptcore.locks import is_held, take
 from worker import tasks
-from worker.connection import AWAY
+from worker.connection import AWAY, connect
 from worker.doorbell import Doorbell
 from worker.hardware import find_slots
 from worker.job import Node, Slot
@@ -46,7 +46,7 @@ class Agent:
         node = node_id(settings)
         self._settings = settings
         self._store = Store(settings.redis_url)
-        self._rq = tasks.connect(settings)
+        self._rq = connect(settings.redis_url)
         self._node = Node(
             id=node, pool=settings.pool, slots=find_slots(settings, node), runs_root=runs_root_id(settings),
             versions={"python": platform.python_version(), **_versions("trainmaster", "torch", "transformers")},

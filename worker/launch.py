@@ -14,6 +14,7 @@ import signal
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from shutil import disk_usage
 
 from gptcore.events import Failed, Finished, JsonlReport, Notice
 from gptcore.locks import shared, take
@@ -32,6 +33,8 @@ from worker.shipper import Shipper
 from worker.store import CLAIM_SECONDS, Store, Superseded
 
 SHIP_SECONDS = 0.5  # at least between two shipments: each costs both sides half a millisecond
+LEAST_BYTES = 2**20  # free for a job that saves no checkpoint
+MAY_PASS = ("crash", "disk_full", "unavailable")  # of a trainer's own reasons to fail: by another attempt
 LOG_LINES = 40  # the last of a failed trainer's, in the job's error
 
 
@@ -77,9 +80,10 @@ class Launcher:
         except SpecError as error:
             self._fail("invalid_spec", str(error))
         except OSError as error:  # a full disk, a runs root that cannot be written: the job says so
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            way_out = f"; free some space for {self._settings.runs}" if full else ""
-            self._give_up("disk_full" if full else "worker", f"{type(error).__name__}: {error}{way_out}")
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # until there is room no attempt counts as one that failed
+                self._give_up("disk_full", f"{error}; free some space for {self._settings.runs}", most=0)
+            else:
+                self._give_up("worker", f"{type(error).__name__}: {error}")
 
     def _run(self, spec: AnySpec) -> None:
         self._limit = spec.resources.max_duration_seconds
@@ -88,6 +92,7 @@ class Launcher:
             return self._fail("foreign_run_dir", message)
         if isinstance(spec, PublishSpec) and (message := self._settings.refuses_repo(spec.repo)):
             return self._fail("invalid_spec", message)
+        self._need_room()
         if not self._claim_folder():
             return None
         with ExitStack() as locks:
@@ -101,6 +106,13 @@ class Launcher:
             return self._conclude()
 
     # ---- before
+
+    def _need_room(self) -> None:
+        """Raises OSError where not one checkpoint would fit: what is trained could not be kept."""
+        need, free = (self._job.plan or {}).get("checkpoint_bytes", LEAST_BYTES), disk_usage(self._settings.runs).free
+        if free < need:
+            why = f"a run needs {need / 2**20:,.0f} MiB for a checkpoint, {free / 2**20:,.0f} are free"
+            raise OSError(errno.ENOSPC, why)
 
     def _claim_folder(self) -> bool:
         """Make this attempt's folder. An older state of the store learns from the directory how far it came."""
@@ -245,7 +257,7 @@ class Launcher:
             self._finish("succeeded", "")
         elif self._word == "cancel":
             self._finish("cancelled", "cancelled on request")
-        elif isinstance(outcome, Failed) and outcome.reason not in ("crash", "unavailable"):
+        elif isinstance(outcome, Failed) and outcome.reason not in MAY_PASS:
             self._fail(outcome.reason, outcome.message)
         elif self._word == "pause":
             self._finish("queued", "its worker was drained")
@@ -259,7 +271,7 @@ class Launcher:
             self._give_up("exited", self._broken)
         elif isinstance(outcome, Failed):
             # alone, one that broke before its first step would break again the same way
-            again = step > 0 or len(self._job.nodes) > 1 or outcome.reason == "unavailable"
+            again = step > 0 or len(self._job.nodes) > 1 or outcome.reason != "crash"
             self._give_up(outcome.reason, outcome.message, None if again else 1)
         elif outcome is None:
             code = self._returncode
@@ -280,10 +292,10 @@ class Launcher:
         self._hold.insist(lambda: self._hold.store.finish(job_id, attempt, status, why, who=who, fields=fields))
 
     def _give_up(self, reason: str, message: str, most: int | None = None) -> None:
-        """End the attempt as lost: another follows, unless `most` were lost in a row."""
+        """End the attempt as lost: another follows, unless `most` were lost in a row; with 0 it does not count."""
         error = JobError(reason=reason, message=message, log=_tail(self._attempt.log, LOG_LINES))
         job_id, attempt, who = self._job.id, self._ticket.attempt, self._ticket.slot
-        most = most or self._settings.max_attempts
+        most = self._settings.max_attempts if most is None else most
         self._hold.insist(lambda: self._hold.store.lose(job_id, attempt, most, error, who=who))
 
 

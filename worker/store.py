@@ -143,6 +143,9 @@ class Store(Connected):
         job = self._ask("resume", job_id, who)
         if job.ended or job.status in ("pausing", "cancelling"):
             way_out = "resume it once it is paused" if job.status == "pausing" else "submit it as a new job"
+            if job.ended and job.kind == "train":
+                more = json.dumps({"from": job_id, "overrides": {"init_from": {"source": job_id, "optimizer": True}}})
+                way_out = f"a new job goes on from its last checkpoint: submit {more}"
             raise NotPossible(f"{job_id} is {job.status}; {way_out}")
         return job
 
@@ -346,7 +349,7 @@ class Store(Connected):
     def lose(self, job_id: str, attempt: int, max_attempts: int, error: JobError, *, who: str) -> None:
         """Give up an attempt known to be dead: another one follows, or the job fails with `error`.
 
-        It fails once `max_attempts` were lost in a row without a new checkpoint.
+        It fails once `max_attempts` were lost in a row without a new checkpoint; with 0 this one does not count.
         """
         self._run("lose", LEASE_SECONDS, max_attempts, who, error.model_dump_json(), job_id, str(attempt))
 

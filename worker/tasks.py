@@ -20,8 +20,6 @@ from typing import Any
 
 import psutil
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 from rq import Queue, Worker
 from rq.exceptions import DuplicateJobError
 from rq.executions import Execution
@@ -31,7 +29,7 @@ from rq.serializers import JSONSerializer
 from gptcore.locks import exclusive, is_held
 from gptcore.procs import die_with_parent
 from worker import launch
-from worker.connection import AWAY
+from worker.connection import AWAY, connect
 from worker.hold import TICK_SECONDS, draining
 from worker.job import JobError, Slot, Ticket
 from worker.place import agent_lock, slot_lock
@@ -150,11 +148,6 @@ def _drain(signum: int, frame: FrameType | None) -> None:
     draining.set()
 
 
-def connect(settings: Settings) -> redis.Redis:
-    """RQ's own connection: it reads bytes, and it must not repeat a command that may have run."""
-    return redis.Redis.from_url(settings.redis_url, retry=Retry(NoBackoff(), 0), socket_timeout=5.0)
-
-
 def hand_over(ticket: Ticket, connection: redis.Redis) -> None:
     """Put a ticket into its slot's queue; one that is there already stays alone."""
     queue = Queue(ticket.slot, connection=connection, serializer=JSONSerializer, job_class=TicketJob)
@@ -194,7 +187,8 @@ def main(slot: Slot) -> None:
         worker = SlotWorker(
             [slot.id],
             name=f"{slot.id}-{uuid.uuid4().hex}",  # RQ takes a dead worker's name for a living one
-            connection=connect(settings), serializer=JSONSerializer, job_class=TicketJob, worker_ttl=WORKER_SECONDS,
+            connection=connect(settings.redis_url), serializer=JSONSerializer, job_class=TicketJob,
+            worker_ttl=WORKER_SECONDS,
         )  # fmt: skip
         worker.work(logging_level="WARNING")
 

@@ -160,6 +160,26 @@ def test_first_weights_are_looked_at_before_a_job_is_queued(http: httpx2.Client,
     assert "n_layer is 4 there, 3 here" in error["message"]
 
 
+def test_who_resumes_a_job_that_ended_is_told_how_to_go_on_from_its_checkpoint(
+    http: httpx2.Client, settings: Settings
+) -> None:
+    job = http.post("/jobs", json=train_spec()).json()
+    http.post(f"/jobs/{job['id']}/cancel")
+    refused = http.post(f"/jobs/{job['id']}/resume")
+    assert (refused.status_code, refused.json()["code"]) == (409, "not_possible")
+    said, _, body = refused.json()["detail"].partition(" submit ")
+    assert "is cancelled" in said
+    assert "is no job with a run directory" in http.post("/jobs", json=json.loads(body)).json()["detail"]
+    checkpoint = settings.runs / job["id"] / "checkpoints" / "step-00000004-a0001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"sizes": {}, "spec": {"model": job["spec"]["model"]}}))
+    more = http.post("/jobs", json=json.loads(body))
+    assert more.status_code == 201
+    changed = more.json()["spec"]["init_from"]
+    assert {**more.json()["spec"], "init_from": None} == job["spec"]
+    assert changed == {"source": job["id"], "optimizer": True}
+
+
 def test_every_problem_of_a_spec_is_named_at_once(http: httpx2.Client) -> None:
     problem = http.post("/jobs", json=train_spec(max_steps=0, name="", typo=1)).json()
     assert {error["pointer"] for error in problem["errors"]} == {"/max_steps", "/name", "/typo"}

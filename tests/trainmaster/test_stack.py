@@ -73,14 +73,20 @@ def test_a_job_goes_through_the_stack_by_command(start_up: StartUp, home: Path, 
 
     events = [json.loads(text) for text in run("watch", job_id, "--json", *url).stdout.splitlines()]
     assert [event["step"] for event in events if event["type"] == "step"] == [1, 2, 3, 4]
+    log = home / "runs" / job_id / "attempts" / "0001" / "train.log"
+    assert run("logs", job_id, *url).stdout == log.read_text() != ""
+    (node,) = json.loads(run("workers", *url, "--json").stdout)
+    assert node["live"] and node["slots"][0]["id"] in run("workers", *url).stdout
 
     refused = run("submit", "-", *url, stdin=json.dumps({**TINY, "tokens_per_step": 100}))
     assert refused.returncode == 1
     assert refused.stderr.startswith("/tokens_per_step: tokens_per_step 100 is not a multiple")
     too_late = run("pause", job_id, *url)
     assert too_late.returncode == 1 and f"{job_id} is succeeded; only a job that waits or runs" in too_late.stderr
-    missing = run("cancel", "job-000000000000", *url)
-    assert missing.returncode == 1 and "job-000000000000" in missing.stderr
+    assert run("delete", job_id, *url).stdout == f"{job_id} deleted\n"
+    assert not (home / "runs" / job_id).exists()
+    for missing in (run("cancel", job_id, *url), run("delete", job_id, *url), run("logs", job_id, *url)):
+        assert missing.returncode == 1 and f"there is no job '{job_id}'" in missing.stderr
 
     up.send_signal(signal.SIGINT)
     assert up.communicate(timeout=30)[0].endswith("stopped\n")

@@ -18,12 +18,14 @@ from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
 from gptcore.events import Finished, JsonlReport, Notice, PhaseChanged, parse_event, read_lines
+from gptcore.plan import Hardware, plan
 from gptcore.rundir import RunDir
 from gptcore.spec import parse_spec
 from tests.conftest import status_changes, wait_until
 from tests.worker.conftest import Worker, living, node, start, train_spec
 from tests.worker.fake_trainer import step_event
 from worker import trainer
+from worker.connection import AWAY
 from worker.hold import ASK_SECONDS, Hold
 from worker.job import Job, JobError, Ticket
 from worker.keys import KEYS
@@ -156,6 +158,31 @@ def test_only_what_another_attempt_may_mend_is_tried_again(
     job = ended(store, submit(store, fails=reason))
     assert (job.status, job.attempt) == ("failed", attempts)
     assert job.error is not None and job.error.reason == reason and "as it was told" in job.error.message
+
+
+def test_a_run_that_no_checkpoint_has_room_for_waits_and_says_how_much_it_needs(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(fake)
+    spec = parse_spec(train_spec())
+    large = plan(spec, Hardware(device="cpu", ranks=1)).model_copy(update={"checkpoint_bytes": 2**60})
+    job_id = store.create_job(spec, large)[0].id
+    job = wait_until(lambda: (job := store.get_job(job_id)).status == "recovering" and job)
+    assert "needs 1,099,511,627,776 MiB for a checkpoint" in job.status_reason
+    assert f"free some space for {fake.runs}, tried again in 20 s" in job.status_reason
+    assert (store.record(job_id)["failures"], written(fake, job_id)) == ("0", [])
+    store.request_cancel(job_id)
+
+
+def test_a_trainer_whose_disk_is_full_is_tried_again_later(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(fake)
+    job_id = submit(store, fails="disk_full")
+    job = wait_until(lambda: (job := store.get_job(job_id)).status == "recovering" and job)
+    assert job.status_reason == "attempt 1: as it was told, tried again in 20 s"
+    assert store.record(job_id)["failures"] == "1"
+    store.request_cancel(job_id)
 
 
 def test_cancel_ends_a_run_and_every_process_of_it(store: Store, fake: Settings, start_worker: StartWorker) -> None:
@@ -358,6 +385,32 @@ def test_training_goes_on_while_redis_is_away(
     store.request_cancel(job_id)
     ended(store, job_id)
     assert shipped(store, job_id) == written(fake, job_id)
+
+
+def test_training_goes_on_while_redis_takes_no_writes(
+    store: Store, fake: Settings, start_worker: StartWorker, redis_url: str
+) -> None:
+    worker = start_worker(fake)
+    job_id = submit_long(store)
+    at_step(store, job_id, 3)
+    with redis.Redis.from_url(redis_url) as client:
+        client.config_set("maxmemory", 1)  # a full disk or a replica refuses alike
+        with pytest.raises(AWAY, match="maxmemory"):
+            store.request_cancel(job_id)
+        waiting = store.get_job(job_id)  # what reads goes on
+        before = len(written(fake, job_id))
+        wait_until(lambda: len(written(fake, job_id)) > before + 150)
+        client.config_set("maxmemory", 0)
+    second = submit_long(store)  # the slot's worker lives too, or is there again
+    wait_until(lambda: store.get_job(job_id).step > before + 150)
+    assert (waiting.status, store.get_job(job_id).status, store.get_job(job_id).attempt) == ("running", "running", 1)
+    assert "Redis is away" in worker.log() and "Traceback" not in worker.log(), worker.log()
+    store.request_cancel(job_id)
+    ended(store, job_id)
+    assert shipped(store, job_id) == written(fake, job_id)
+    at_step(store, second, 3)
+    store.request_cancel(second)
+    ended(store, second)
 
 
 def _answers(store: Store) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import re
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import redis
 from gptcore.spec import parse_spec
 from tests.conftest import status_changes
 from tests.worker.conftest import node, start, train_spec
+from worker.connection import TakesNoWrites
 from worker.follow import follow_events
 from worker.job import TRANSITIONS, JobError, Status, new_job_id
 from worker.keys import KEYS
@@ -211,10 +213,10 @@ def test_attempts_lost_in_a_row_end_the_job_and_unclaimed_ones_do_not_count(stor
         assert store.reserve("default") == 0  # another slot may hear better, for some seconds
         store._redis.delete(KEYS["deaf"])
     assert store.get_job(job_id).status == "recovering"
-    for expected in ("recovering", "failed"):
+    for most, expected in ((0, "recovering"), (2, "recovering"), (0, "recovering"), (2, "failed")):
         store._redis.delete(KEYS["outbox"])
         ticket = start(store, job_id)
-        store.lose(job_id, ticket.attempt, 2, JobError(reason="exited", message="it died"), who="t")
+        store.lose(job_id, ticket.attempt, most, JobError(reason="exited", message="it died"), who="t")
         assert store.get_job(job_id).status == expected
     error = store.get_job(job_id).error
     assert error is not None and error.message == "it died, 2 times in a row without a new checkpoint"
@@ -415,6 +417,38 @@ def test_a_paused_job_waits_and_a_resumed_one_is_queued_again(store: Store) -> N
     for ask in (store.request_pause, store.resume):
         with pytest.raises(NotPossible, match="is cancelled"):
             ask(running)
+
+
+def test_a_redis_without_memory_does_nothing_by_halves(store: Store) -> None:
+    store.register_node(node("a", 1, 1))
+    running = submit(store)
+    start(store, running)
+    paused, waiting = submit(store), submit(store)
+    store.request_pause(paused)
+    error = JobError(reason="exited", message="it died")
+
+    def everything() -> dict[str, Any]:
+        return {key: store._redis.execute_command("DUMP", key, NEVER_DECODE=True) for key in store._redis.keys("*")}
+
+    before = everything()
+    store._redis.config_set("maxmemory", 1)
+    try:
+        changes: dict[str, Callable[[], object]] = {
+            "submit": lambda: submit(store),
+            "cancel": lambda: store.request_cancel(running),
+            "resume": lambda: store.resume(paused),
+            "reserve": lambda: store.reserve("default"),
+            "ship": lambda: store.ship(running, 1, "0-0", [("1-1", "{}")], {"step": 1}),
+            "finish": lambda: store.finish(running, 1, "succeeded", "", who="t", fields={}),
+            "lose": lambda: store.lose(running, 1, 3, error, who="t"),
+        }
+        for what, change in changes.items():
+            with pytest.raises(TakesNoWrites):
+                change()
+            assert everything() == before, what
+    finally:
+        store._redis.config_set("maxmemory", 0)
+    assert store.request_cancel(waiting).status == "cancelled"
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])

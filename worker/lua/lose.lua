@@ -1,4 +1,4 @@
--- lease seconds, attempts lost in a row that end a job, who, error as JSON, id and attempt or '' ''
+-- lease seconds, attempts lost in a row that end a job (0: these do not count), who, error as JSON, id and attempt or '' ''
 -- → ids of the attempts given up. With an id: that launcher or trainer is known to be dead.
 -- Without: every attempt of which a lease ran out, the error made here.
 local lease, most, who, failure, only, attempt = tonumber(ARGV[1]), tonumber(ARGV[2]), unpack(ARGV, 3)
@@ -39,8 +39,8 @@ for _, id in ipairs(order) do
   if why.unclaimed then
     conclude(id, 'recovering', who, why.unclaimed)
   else
-    local failures = redis.call('HINCRBY', job, 'failures', 1)
-    if failures < most then
+    local failures = redis.call('HINCRBY', job, 'failures', math.min(most, 1))
+    if failures < most or most == 0 then
       -- the first time at once; what fails again and again must not keep a node busy with failing
       local pause = failures > 1 and math.min(60, 2 ^ failures) or 0
       if why.reason == 'disk_full' then pause = 20 end  -- somebody may be making space
