@@ -117,13 +117,11 @@ class Observed:
 
 class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
+        made_at = datetime.fromtimestamp(record.created, UTC).isoformat()
         line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            "request_id": _request_id.get() or None,
-            **getattr(record, "fields", {}),
-        }
+            "time": made_at, "level": record.levelname.lower(), "message": record.getMessage(),
+            "request_id": _request_id.get() or None, **getattr(record, "fields", {}),
+        }  # fmt: skip
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)

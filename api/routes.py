@@ -186,14 +186,7 @@ def resume(job_id: str, services: With, who: Who) -> Job:
 
 # ---- what a job reports
 
-_EVENTS = """id: 1-7
-event: step
-data: {"type": "step", "step": 5, …}
-
-event: end
-data: {"status": "succeeded"}
-
-"""
+_EVENTS = 'id: 1-7\nevent: step\ndata: {"type": "step", "step": 5, …}\n\nevent: end\ndata: {"status": "succeeded"}\n\n'
 _STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}, "example": _EVENTS}}}
 }

@@ -81,7 +81,7 @@ def build_optimizers(model: GPT, optim: OptimSpec, dist: Dist) -> Optimizers:
         torch.optim.AdamW(adamw, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
     ]
     if muon:
-        built.append(Muon(muon, lr=optim.muon_lr, momentum=optim.muon_momentum, dist=dist))
+        built.append(Muon(muon, lr=optim.muon_lr, momentum=optim.muon_momentum, beta2=optim.muon_beta2, dist=dist))
     return built
 
 
@@ -97,17 +97,21 @@ def update(optimizers: Optimizers, grad_scale: Tensor | None) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), for the hidden matrices.
+    """Momentum, orthogonalised (Jordan et al. 2024), for the hidden matrices; with `beta2` each neuron's part of it
+    is divided by the root of its mean square so far, and the whole is as large as before (NorMuon, Li et al. 2025).
 
-    Each matrix has an owner rank that alone keeps its momentum and computes its update; the new
+    Each matrix has an owner rank that alone keeps its moments and computes its update; the new
     weights are then shared. Matrices of one shape are orthogonalised in one batch.
     """
 
     grad_scale: Tensor | None = None  # what gradients are divided by, as in torch's fused AdamW
 
-    def __init__(self, params: Iterable[Any], *, lr: float, momentum: float, dist: Dist, weight_decay: float = 0.0):
+    def __init__(
+        self, params: Iterable[Any], *, lr: float, momentum: float, dist: Dist, weight_decay: float = 0.0,
+        beta2: float | None = None,
+    ):  # fmt: skip
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._dist = dist
+        self._dist, self._beta2 = dist, beta2
         # bfloat16 suffices, but a CPU that cannot multiply it imitates it, up to 15 times slower
         self._dtype = torch.bfloat16 if resolve_precision("auto", dist.device) == "bf16" else torch.float32
 
@@ -132,21 +136,29 @@ class Muon(torch.optim.Optimizer):
         assert len(grads) == len(parameters), "a hidden matrix without a gradient"
         if self.grad_scale is not None:
             torch._foreach_div_(grads, self.grad_scale)
-        buffers = [self._momentum(p) for p in parameters]
+        moments = [self._moments(p) for p in parameters]
+        buffers = [each["momentum_buffer"] for each in moments]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         nesterov = torch._foreach_lerp(grads, buffers, momentum)
-        updates = orthogonalise(torch.stack(nesterov), self._dtype).unbind()
+        updates = orthogonalise(torch.stack(nesterov), self._dtype).to(parameters[0].dtype)
+        if self._beta2 is not None:
+            updates = _even_out(updates, [each["mean_squares"] for each in moments], self._beta2)
         rows, columns = parameters[0].shape
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(parameters, [u.to(p.dtype) for u, p in zip(updates, parameters, strict=True)],
-                            alpha=-lr * max(1.0, rows / columns) ** 0.5)  # fmt: skip
+        torch._foreach_add_(parameters, updates.unbind(), alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
-    def _momentum(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
+    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if len(state) < (1 if self._beta2 is None else 2):
+            state.update(self.no_moments(parameter) | state)
+        return state
+
+    def no_moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Its state before the first update; mean squares are of a matrix's rows, of a wide one's columns."""
+        none = {"momentum_buffer": torch.zeros_like(parameter)}
+        if self._beta2 is not None:
+            none["mean_squares"] = torch.zeros_like(parameter.mean(_within_neurons(parameter), keepdim=True))
+        return none
 
     def _share(self, parameters: list[Tensor]) -> None:
         if self._dist.world_size == 1:
@@ -154,6 +166,20 @@ class Muon(torch.optim.Optimizer):
         sent = [c10d.broadcast(p.data, src=self.owner(i), async_op=True) for i, p in enumerate(parameters)]
         for work in sent:
             work.wait()
+
+
+def _within_neurons(matrices: Tensor) -> int:
+    """The dimension to average over: the shorter side of an orthogonalised matrix has equal parts already."""
+    return -1 if matrices.shape[-2] >= matrices.shape[-1] else -2
+
+
+def _even_out(updates: Tensor, mean_squares: list[Tensor], beta2: float) -> Tensor:
+    """updates (N, rows, columns) float32 → the same, each neuron's by its own history; changes `mean_squares`."""
+    squares = updates.square().mean(_within_neurons(updates), keepdim=True)
+    torch._foreach_lerp_(mean_squares, squares.unbind(), 1 - beta2)
+    even = updates / torch.stack(mean_squares).sqrt().clamp(min=1e-7)
+    before, after = (matrices.norm(dim=(-2, -1), keepdim=True) for matrices in (updates, even))
+    return even * (before / after.clamp(min=1e-7))
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -182,9 +208,9 @@ def optimizer_tensors(model: nn.Module, optimizers: Optimizers, dist: Dist) -> d
             for index, parameter in enumerate(group["params"]):
                 state = optimizer.state[parameter]
                 if isinstance(optimizer, Muon) and dist.world_size > 1:
-                    buffer = state.get("momentum_buffer", torch.zeros_like(parameter))
-                    c10d.broadcast(buffer, src=optimizer.owner(index))
-                    state = {"momentum_buffer": buffer}
+                    state = {name: state.get(name, zero) for name, zero in optimizer.no_moments(parameter).items()}
+                    for moment in state.values():
+                        c10d.broadcast(moment, src=optimizer.owner(index))
                 tensors |= {f"{names[parameter]}|{key}": value for key, value in state.items()}
     return tensors if dist.first else {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import platform
@@ -54,11 +55,11 @@ def text_files(paths: list[Path]) -> Source:
 
 
 def jsonl_files(paths: list[Path], field: str) -> Source:
-    """JSON lines; the text is in `field`. Raises ValueError naming file and line without it."""
-    files = _files(paths, "*.jsonl")
+    """JSON lines, packed by gzip too; the text is in `field`. Raises ValueError naming file and line without it."""
+    files = _files(paths, "*.jsonl", "*.jsonl.gz")
 
     def read(path: Path) -> Iterator[Document]:
-        with path.open(encoding="utf-8") as lines:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 yield Document(f"{path.name}:{number}", _field(path, number, line, field))
 
@@ -106,7 +107,16 @@ def python_stdlib() -> Source:
 
 
 def _one_by_one(files: list[Path], read: Callable[[Path], Iterator[Document]], skip: int) -> Iterator[Document]:
-    return islice((document for path in files for document in read(path)), skip, None)
+    return islice((document for path in files for document in _named(path, read(path))), skip, None)
+
+
+def _named(path: Path, documents: Iterator[Document]) -> Iterator[Document]:
+    """The same; raises ValueError with the file's name where it is not text."""
+    try:
+        yield from documents
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{path} is not UTF-8 text: {where}; unpack or convert it first") from error
 
 
 def _from_tables(names: list[str], open_file: Callable[[str], Any], field: str, skip: int) -> Iterator[Document]:
@@ -114,7 +124,10 @@ def _from_tables(names: list[str], open_file: Callable[[str], Any], field: str, 
         with open_file(name) as file:
             import pyarrow.parquet
 
-            table = pyarrow.parquet.ParquetFile(file)
+            try:
+                table = pyarrow.parquet.ParquetFile(file)
+            except pyarrow.ArrowInvalid as error:
+                raise ValueError(f"{name} is no Parquet file: {error}") from error
             if field not in table.schema_arrow.names:
                 raise ValueError(f"{name}: no column {field!r}; it has {', '.join(table.schema_arrow.names)}")
             for row, text in _rows(table, field, skip):
@@ -131,7 +144,7 @@ def _rows(table: Any, field: str, skip: int) -> Iterator[tuple[int, str]]:
             # without pyarrow's threads: one that still holds the file as Python ends takes the process down
             texts = table.read_row_group(group, columns=[field], use_threads=False).column(field).to_pylist()
             begin = max(0, skip - first)
-            yield from ((first + i, str(texts[i])) for i in range(begin, rows))
+            yield from ((first + i, "" if texts[i] is None else str(texts[i])) for i in range(begin, rows))
         first += rows
 
 
@@ -157,15 +170,15 @@ def _field(path: Path, number: int, line: str, field: str) -> str:
     return str(row[field])
 
 
-def _files(paths: list[Path], pattern: str) -> list[Path]:
-    """The files meant: each path itself, or all in a folder that match."""
+def _files(paths: list[Path], *patterns: str) -> list[Path]:
+    """The files meant: each path itself, or all in a folder that match one."""
     files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
-        found = sorted(path.rglob(pattern)) if path.is_dir() else [path]
+        found = sorted(f for p in patterns for f in path.rglob(p)) if path.is_dir() else [path]
         if not found:
-            raise FileNotFoundError(f"{path} holds no file {pattern}")
+            raise FileNotFoundError(f"{path} holds no file {' or '.join(patterns)}")
         files += found
     return files
 

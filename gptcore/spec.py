@@ -190,6 +190,7 @@ class OptimSpec(Spec):
     muon_lr: float = Field(0.02, gt=0, description="muon: of the hidden matrices")
     muon_weight_decay: float = Field(0.0, ge=0)
     muon_momentum: float = Field(0.95, ge=0, lt=1)
+    muon_beta2: float | None = Field(None, ge=0, lt=1, description="NorMuon: of each neuron's mean square; null: none")
     muon_momentum_warmup_steps: int = Field(300, ge=0, description="from 0.85 up to muon_momentum")
 
     @model_validator(mode="after")

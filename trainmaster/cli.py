@@ -28,11 +28,9 @@ if TYPE_CHECKING:
     from worker.keyring import KeyRing
 
 app = typer.Typer(
-    help="Pretrains GPTs on machines you own.",
-    no_args_is_help=True,
-    add_completion=False,
+    help="Pretrains GPTs on machines you own.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
-)
+)  # fmt: skip
 keys = typer.Typer(help="Keys that let others use the API.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 console = Console(highlight=False)
@@ -102,7 +100,7 @@ def demo(
 def prepare(
     name: Annotated[str, typer.Argument(help="what specs will call the dataset")],
     text: Annotated[list[Path] | None, typer.Option(help="a text file, or a folder of *.txt; may be repeated")] = None,
-    jsonl: Annotated[list[Path] | None, typer.Option(help="a file of JSON lines, or a folder of *.jsonl")] = None,
+    jsonl: Annotated[list[Path] | None, typer.Option(help="a file of JSON lines, *.gz too, or a folder")] = None,
     parquet: Annotated[list[Path] | None, typer.Option(help="a Parquet file, or a folder of *.parquet")] = None,
     shards: Annotated[Path | None, typer.Option(help="a folder of token shards (*.bin) that are made already")] = None,
     hub: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="a dataset on the Hugging Face Hub")] = None,

@@ -94,7 +94,10 @@ class Agent:
 
     def _serve(self) -> None:
         """One look: be known, give up what is lost, place what waits, hand over, wait for a ring."""
-        self._doorbell = self._doorbell or self._store.doorbell()
+        if self._doorbell is None:
+            self._doorbell = self._store.doorbell()
+            for what in self._store.weaknesses():
+                log.warning("Redis: %s", what)
         if time.monotonic() - self._seen_at > HEARTBEAT_SECONDS:
             self._store.register_node(self._node)
             for job_id, attempt in self._store.expired():

@@ -276,6 +276,7 @@ class Launcher:
         elif outcome is None:
             code = self._returncode
             how = f" by {signal.Signals(-code).name}" if code < 0 else f" with exit code {code}"
+            how += ", as where the machine has no memory left" if code == -signal.SIGKILL else ""
             self._give_up("exited", f"the trainer ended without a word{how}")
         elif self._attempt.told() == "pause":
             self._finish("queued", "another of its nodes was drained")

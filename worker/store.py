@@ -353,5 +353,15 @@ class Store(Connected):
         """
         self._run("lose", LEASE_SECONDS, max_attempts, who, error.model_dump_json(), job_id, str(attempt))
 
+    def weaknesses(self) -> list[str]:
+        """What in this Redis's settings may cost jobs that were acknowledged, and the way out."""
+        info = self._redis.info()
+        evicts = info["maxmemory"] and info["maxmemory_policy"] != "noeviction"
+        found = {
+            "appendonly is off, so a crash may cost jobs; set it to yes": not info["aof_enabled"],
+            "it evicts jobs where its memory is full; set maxmemory-policy to noeviction": evicts,
+        }
+        return [what for what, is_so in found.items() if is_so]
+
     def doorbell(self) -> Doorbell:
         return Doorbell(self._redis.pubsub(ignore_subscribe_messages=True))

@@ -47,7 +47,7 @@ def test_the_exported_count_is_the_native_classes(preset: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_planned_checkpoint_has_the_size_of_what_is_saved(family: str, optimizer: str) -> None:
-    spec = tiny_spec(optim={"name": optimizer, "lr": 0.01})
+    spec = tiny_spec(optim={"name": optimizer, "lr": 0.01, "muon_beta2": 0.95})
     spec = spec.model_copy(update={"model": tiny_model(family)})
     dist = Dist(0, 0, 1, torch.device("cpu"))
     model = GPT(spec.model)

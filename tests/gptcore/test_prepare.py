@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import subprocess
@@ -131,7 +132,15 @@ def rows_as_parquet(folder: Path) -> Source:
     return parquet_files([folder / "rows.parquet"], "body")
 
 
-@pytest.mark.parametrize("make", [rows_as_jsonl, rows_as_parquet])
+def rows_as_gzip(folder: Path) -> Source:
+    rows_as_jsonl(folder)
+    path = folder / "packed" / "rows.jsonl.gz"
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress((folder / "rows.jsonl").read_bytes()))
+    return jsonl_files([path.parent], "body")
+
+
+@pytest.mark.parametrize("make", [rows_as_jsonl, rows_as_parquet, rows_as_gzip])
 def test_rows_can_be_read_from_any_one_on(tmp_path: Path, make: Callable[[Path], Source]) -> None:
     source = make(tmp_path)
     rows = list(source.read(0))
@@ -148,6 +157,28 @@ def test_a_row_without_the_field_is_named_by_file_and_line(tmp_path: Path) -> No
     rows_as_parquet(tmp_path)
     with pytest.raises(ValueError, match="no column 'text'; it has id, body"):
         list(parquet_files([tmp_path / "rows.parquet"], "text").read(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (jsonl_files, r"rows\.any is not UTF-8 text: invalid start byte at byte 0; unpack or convert it first"),
+        (parquet_files, r"rows\.any is no Parquet file: "),
+    ],
+)
+def test_a_file_of_another_format_is_named(
+    tmp_path: Path, make: Callable[[list[Path], str], Source], said: str
+) -> None:
+    path = tmp_path / "rows.any"
+    path.write_bytes(b"\xff\xfe not what was promised")
+    with pytest.raises(ValueError, match=said):
+        list(make([path], "text").read(0))
+
+
+def test_a_row_without_text_is_an_empty_document(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None, "three"]}), path)
+    assert [document.text for document in parquet_files([path], "text").read(0)] == ["one", "", "three"]
 
 
 def test_the_standard_library_is_real_text_in_a_fixed_order() -> None:

@@ -126,7 +126,7 @@ def test_the_first_gradients_of_several_ranks_are_those_of_one(train: Trainers, 
 
 @pytest.mark.slow
 def test_muon_on_two_ranks_follows_one(train: Trainers) -> None:
-    spec = tiny_spec(max_steps=50, optim={"name": "muon", "lr": 0.003})
+    spec = tiny_spec(max_steps=50, optim={"name": "muon", "lr": 0.003, "muon_beta2": 0.95})
     one, two = train(spec, "one"), train(spec, "two", ranks=2)
     for step, loss in one.losses().items():
         assert two.losses()[step] == pytest.approx(loss, abs=5e-3 * loss)
@@ -166,7 +166,7 @@ def kill_at_random(train: Trainers, run: RunDir, ranks: int, kills: int, draw: r
     ],
 )
 def test_a_killed_run_resumes_bit_for_bit(train: Trainers, ranks: int, optimizer: str, compiled: bool) -> None:
-    spec = tiny_spec(optim={"name": optimizer, "lr": 0.003}, compile=compiled, **LONG)
+    spec = tiny_spec(optim={"name": optimizer, "lr": 0.003, "muon_beta2": 0.95}, compile=compiled, **LONG)
     whole = train(spec, "whole", ranks=ranks)
     assert whole.returncode == 0, whole.output
     run = train.make(spec, "killed")
@@ -183,7 +183,7 @@ def test_a_killed_run_resumes_bit_for_bit(train: Trainers, ranks: int, optimizer
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(train: Trainers) -> None:
-    spec = tiny_spec(optim={"name": "muon", "lr": 0.003}, **LONG | {"max_steps": 90})
+    spec = tiny_spec(optim={"name": "muon", "lr": 0.003, "muon_beta2": 0.95}, **LONG | {"max_steps": 90})
     whole = train(spec, "whole")
     run = train.make(spec, "moved")
     kill_at_random(train, run, 2, kills=1, draw=random.Random(5))

@@ -144,5 +144,5 @@ def test_a_trainer_that_is_killed_says_so_and_the_service_goes_on(
     trainer_process(job_id, "gptcore.train").kill()
     job = ended(store, job_id)
     assert job.status == "failed" and job.error is not None
-    assert job.error.message == "the trainer ended without a word by SIGKILL"
+    assert job.error.message == "the trainer ended without a word by SIGKILL, as where the machine has no memory left"
     assert ended(store, submit(store, home)).status == "succeeded"

@@ -419,6 +419,19 @@ def test_a_paused_job_waits_and_a_resumed_one_is_queued_again(store: Store) -> N
             ask(running)
 
 
+def test_a_redis_that_may_forget_jobs_is_told_apart(store: Store) -> None:
+    (off,) = store.weaknesses()
+    assert off == "appendonly is off, so a crash may cost jobs; set it to yes"
+    try:
+        store._redis.config_set("maxmemory", 2**40, "maxmemory-policy", "allkeys-lru")
+        assert store.weaknesses()[0] == off
+        assert store.weaknesses()[1].endswith("set maxmemory-policy to noeviction")
+        store._redis.config_set("maxmemory-policy", "noeviction", "appendonly", "yes")
+        assert store.weaknesses() == []
+    finally:
+        store._redis.config_set("maxmemory", 0, "appendonly", "no")
+
+
 def test_a_redis_without_memory_does_nothing_by_halves(store: Store) -> None:
     store.register_node(node("a", 1, 1))
     running = submit(store)
