@@ -19,4 +19,5 @@ class TrainState(BaseModel, ser_json_inf_nan="constants"):
     best_val_loss: float | None = None
     best_step: int | None = None
     evaluation_owed: bool = False  # saved before its evaluation ran
+    score_owed: bool = False  # the same of HellaSwag
     probe_loss: float | None = None  # of a fixed batch, by these very weights

@@ -100,6 +100,8 @@ class Trainer:
         """Returns why to stop, or None once all steps are done."""
         if self.state.evaluation_owed:
             self._evaluate()
+        if self.state.score_owed:
+            self._score_hellaswag()
         self._open_batches()
         try:
             while self.state.step < self.spec.max_steps:
@@ -108,15 +110,17 @@ class Trainer:
                 if self.tracer.after(self.state.step):
                     self.report(events.Notice(message=f"trace written to {self.tracer.path}"))
                 step, last = self.state.step, self.state.step == self.spec.max_steps
-                evaluate = last or step % self.spec.evaluate.every_steps == 0
+                evaluate, asked = last or step % self.spec.evaluate.every_steps == 0, self.spec.evaluate.hellaswag
+                score = asked is not None and (last or step % asked.every_steps == 0)
                 if evaluate or stop or step % self.spec.checkpoint.every_steps == 0:
-                    self.state.evaluation_owed = evaluate
+                    self.state.evaluation_owed, self.state.score_owed = evaluate, score
                     self._save()
                 if stop:
                     return stop
                 if evaluate:
                     self._evaluate()
-                self._score_hellaswag(last)
+                if score:
+                    self._score_hellaswag()
                 if self.spec.sample and (last or step % self.spec.sample.every_steps == 0):
                     self._sample()
                 self.saver.poll()
@@ -259,7 +263,7 @@ class Trainer:
                 raise SpecError([Problem(pointer="/max_steps", message=f"{message}; set more steps")])
             load_optimizer_tensors(self.model, self.optimizers, self.dist, origin.checkpoint.optimizer())
             # the best so far lies in the other run's directory, so this one looks for its own
-            fresh = {"best_val_loss": None, "best_step": None, "evaluation_owed": False}
+            fresh = {"best_val_loss": None, "best_step": None, "evaluation_owed": False, "score_owed": False}
             self.state = origin.checkpoint.state().model_copy(update=fresh)
         self.report(events.Notice(message=f"weights of {init.source}, going on from step {self.state.step}"))
 
@@ -318,16 +322,18 @@ class Trainer:
         )  # fmt: skip
         self._phase("training")
 
-    def _score_hellaswag(self, last: bool) -> None:
+    def _score_hellaswag(self) -> None:
         """On a fixed sample of the items, after the last step on all of them."""
-        asked = self.spec.evaluate.hellaswag
-        if asked is None or not (last or self.state.step % asked.every_steps == 0):
-            return
+        asked, items, state = self.spec.evaluate.hellaswag, self.hellaswag_items, self.state
         self._phase("evaluating")
-        items = self.hellaswag_items if last else hellaswag.sample_of(self.hellaswag_items, asked.items)
+        if asked is not None and state.step < self.spec.max_steps:
+            items = hellaswag.sample_of(items, asked.items)
         scorer = score_ours(self.model, load_tokenizer(self.dataset.tokenizer), self.dist.device)
         with self._autocast():
-            self.report(hellaswag.evaluate(items, scorer, self.dist, self.state.step))
+            self.report(hellaswag.evaluate(items, scorer, self.dist, state.step))
+        state.score_owed = False
+        if self.dist.first:
+            self.saver.amend(state)
         self._phase("training")
 
     def _loss(self, *batch: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ from gptcore.sources import text_files
 from gptcore.spec import ModelSpec, TrainSpec, parse_spec
 
 FAMILIES = ("gpt2", "llama", "qwen3", "nanochat")
+
+
+def wait_for_step(run: RunDir, step: int, attempt: int, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not any(isinstance(e, Step) and e.attempt == attempt and e.step >= step for e in run.events()):
+        assert time.monotonic() < deadline, f"step {step} never came"
+        time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)

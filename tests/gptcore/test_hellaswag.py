@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from gptcore import hellaswag
+from gptcore.checkpoint import list_checkpoints
 from gptcore.dist import Dist
-from gptcore.events import Evaluated, Failed, Scored
+from gptcore.events import Evaluated, Failed, Scored, Stopped
 from gptcore.export import export_model
 from gptcore.scorer import Scorer, score_ours
 from gptcore.tokenizer import load_tokenizer
-from tests.gptcore.conftest import FAMILIES, Trainers, randomised, tiny_model, tiny_spec
+from tests.gptcore.conftest import FAMILIES, Trainers, randomised, tiny_model, tiny_spec, wait_for_step
 from tests.gptcore.hellaswag_items import make_items, write_items, write_task
 
 ALONE = Dist(0, 0, 1, torch.device("cpu"))
@@ -121,6 +122,22 @@ def test_hellaswag_is_scored_while_training_and_whole_at_the_end(train: Trainers
     assert all(0 <= value <= 1 and e.stderr[name] > 0 for e in scored for name, value in e.results.items())
     plain = train(tiny_spec(), "plain", ranks=2)
     assert done.losses() == plain.losses()  # looking changes nothing
+
+
+def test_a_score_that_a_stop_took_is_made_up_and_none_comes_twice(train: Trainers, home: Path) -> None:
+    write_items(home / "datasets")
+    asked = {"every_steps": 1000, "eval_tokens": 1024, "hellaswag": {"every_steps": 1, "items": 20}}
+    run = train.make(tiny_spec(max_steps=100_000, evaluate=asked), "run")
+    for attempt in (1, 2):
+        process = train.start(run)
+        wait_for_step(run, 5 * attempt, attempt)
+        run.attempt(attempt).stop.write_text("pause")
+        output, _ = process.communicate(timeout=60)
+    first, second = (event.step for event in run.events() if isinstance(event, Stopped))
+    scored = [(event.attempt, event.step) for event in run.events() if isinstance(event, Scored)]
+    assert [step for _, step in scored] == list(range(1, second)), output
+    assert (2, first) in scored
+    assert [checkpoint.state().score_owed for checkpoint in list_checkpoints(run)] == [False, True]
 
 
 def test_hellaswag_that_is_not_there_ends_the_run_before_it_starts(train: Trainers, home: Path) -> None:

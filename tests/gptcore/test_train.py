@@ -19,19 +19,12 @@ from gptcore.events import Evaluated, Exported, Failed, Finished, PhaseChanged, 
 from gptcore.plan import resolve
 from gptcore.rundir import RunDir
 from gptcore.setup import build
-from tests.gptcore.conftest import FAMILIES, Trainers, tiny_spec
+from tests.gptcore.conftest import FAMILIES, Trainers, tiny_spec, wait_for_step
 
 
 def last_weights(run: RunDir) -> str:
     newest = list_checkpoints(run)[-1].path
     return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
-
-
-def wait_for_step(run: RunDir, step: int, attempt: int, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not any(isinstance(e, Step) and e.attempt == attempt and e.step >= step for e in run.events()):
-        assert time.monotonic() < deadline, f"step {step} never came"
-        time.sleep(0.01)
 
 
 def test_a_run_learns_evaluates_exports_and_says_so(train: Trainers) -> None:
