@@ -1,7 +1,7 @@
 """Tokens to a loss: the recipes of `examples/` on one text, each with its learning rates swept alike.
 
     python benchmarks/gpu.py --part recipes --recipe homework --text FILE --home DIR --tokens 150000000
-    (again with --resume until nothing is left; then --recipe qwen3, --recipe nanochat, and fewer --tokens)
+    (again with --resume until nothing is left; then --recipe qwen3, nanochat, normuon, and fewer --tokens)
 
 The homework's recipe at its best rate sets the loss to reach. Schedules are scaled to the tokens; a shorter run is one
 with fewer --tokens, not the middle of a longer one. A run that the budget cuts off is paused with a checkpoint and goes
@@ -21,7 +21,10 @@ from typing import Any
 
 from benchmarks.table import ROOT, Row, Table
 
-RECIPES = {"homework": "homework-124m", "qwen3": "qwen3-124m", "nanochat": "nanochat-124m"}
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {  # of the examples, and what else its optim says
+    "homework": ("homework-124m", {}), "qwen3": ("qwen3-124m", {}), "nanochat": ("nanochat-124m", {}),
+    "normuon": ("nanochat-124m", {"muon_beta2": 0.95}),
+}  # fmt: skip
 RATES = ("lr", "min_lr", "embed_lr", "head_lr", "muon_lr")
 LR_SCALES = (1.0, 2.0, 0.5)
 MOST_EPOCHS = 4
@@ -70,10 +73,11 @@ def recipes(table: Table, asked: argparse.Namespace, budget: Any) -> None:
 
 def recipe_spec(recipe: str, scale: float, tokens: int, tiny: bool) -> Row:
     """The example's spec on another text and length: its schedule in the same proportions."""
-    spec: Row = json.loads((ROOT / "examples" / f"{RECIPES[recipe]}.json").read_text())
+    example, more = RECIPES[recipe]
+    spec: Row = json.loads((ROOT / "examples" / f"{example}.json").read_text())
     step_tokens = 256 if tiny else STEP_TOKENS
     steps, shrunk = max(2, tokens // step_tokens), spec["max_steps"]
-    optim = {name: value * scale if name in RATES and value else value for name, value in spec["optim"].items()}
+    optim = more | {name: value * scale if name in RATES and value else value for name, value in spec["optim"].items()}
     for name in ("warmup_steps", "muon_momentum_warmup_steps"):
         if optim.get(name):
             optim[name] = max(1, round(optim[name] * steps / shrunk))

@@ -62,14 +62,11 @@ def parameter_groups(model: GPT, optim: OptimSpec) -> tuple[list[dict[str, Any]]
             kinds["hidden"].append(parameter)
     rates = {"tables": optim.embed_lr or optim.lr, "head": optim.head_lr or optim.lr}
     adamw = [
-        {
-            "params": parameters,
-            "peak_lr": rates.get(kind, optim.lr),
-            "weight_decay": 0.0 if kind == "vectors" else optim.weight_decay,
-        }
+        {"params": parameters, "peak_lr": rates.get(kind, optim.lr),
+         "weight_decay": 0.0 if kind == "vectors" else optim.weight_decay}
         for kind, parameters in kinds.items()
         if not (kind == "hidden" and optim.name == "muon")
-    ]
+    ]  # fmt: skip
     muon = [{"params": kinds["hidden"], "peak_lr": optim.muon_lr, "weight_decay": optim.muon_weight_decay}]
     return adamw, muon if optim.name == "muon" else []
 

@@ -125,11 +125,9 @@ def count_parameters(model: ModelSpec) -> Parameters:
     tables = 1 if model.tie_embeddings else 2
     inner = model.n_layer * (hidden + vectors) + outer
     return Parameters(
-        exported=inner + tables * model.vocab_size * d,
-        trained=inner + tables * model.padded_vocab_size * d,
-        matmul=model.n_layer * hidden + model.padded_vocab_size * d,
-        hidden_matrices=model.n_layer * hidden,
-    )
+        exported=inner + tables * model.vocab_size * d, trained=inner + tables * model.padded_vocab_size * d,
+        matmul=model.n_layer * hidden + model.padded_vocab_size * d, hidden_matrices=model.n_layer * hidden,
+    )  # fmt: skip
 
 
 def flops_per_token(model: ModelSpec, matmul_parameters: int, causal: bool) -> int:

@@ -213,11 +213,8 @@ class Trainer:
         self.state.position, self.state.rollbacks = bad.position, rollbacks
         self.state.batches_skipped = bad.batches_skipped
         self._open_batches()
-        self.report(
-            events.RolledBack(
-                from_step=bad.step, to_step=self.state.step, batches_passed_over=passed_over, reason=reason
-            )
-        )
+        step = self.state.step
+        self.report(events.RolledBack(from_step=bad.step, to_step=step, batches_passed_over=passed_over, reason=reason))
 
     # --- beginning, and beginning again
 

@@ -75,13 +75,10 @@ class Progress:
         rates = [step.tokens_per_second for step in self._recent]
         mfus = [step.mfu for step in self._recent if step.mfu is not None]
         return {
-            "step": event.step,
-            "tokens_seen": event.tokens,
-            "tokens_per_second": sum(rates) / len(rates),
-            "mfu": sum(mfus) / len(mfus) if mfus else None,
-            "progress": event.step / total if total else None,
+            "step": event.step, "tokens_seen": event.tokens, "progress": event.step / total if total else None,
+            "tokens_per_second": sum(rates) / len(rates), "mfu": sum(mfus) / len(mfus) if mfus else None,
             "eta_seconds": self._seconds_per_step(event) * (total - event.step) if total else None,
-        }
+        }  # fmt: skip
 
     def _seconds_per_step(self, event: events.Step) -> float:
         """By the wall clock since this attempt's first step: evaluations and checkpoints take part."""

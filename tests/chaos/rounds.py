@@ -68,8 +68,7 @@ def run_round(
             return Result(blows, [*dict.fromkeys(found), *watch.seen.get(job_id, [])], 0, None, False, 0.0)
         time.sleep(0.05)
     if (job := _ended(world, job_id)) is not None:
-        or_fails = "No space left" if any(blow.action == "fill" for blow in blows) else ""
-        found += violations(world, job_id, undisturbed, watch, ends=ends, or_fails=or_fails)
+        found += violations(world, job_id, undisturbed, watch, ends=ends)
         found += _too_many(job, most_attempts)
     else:
         with suppress(redis.RedisError):
