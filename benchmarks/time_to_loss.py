@@ -44,7 +44,7 @@ SHAKESPEARE = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_LOSS = 1.8857  # that nanoGPT's run ends with, by an estimate; see tests/benchmarks/nanogpt.py
 TOLERANCE = 0.03  # how near to it the reference must end, for the comparison to count
 TRAIN_SHARE = 0.9
-EVALUATED_AT = (0.85, 0.9, 0.95, 1.0)  # shares of a run's steps
+EVALUATED_AT = (0.75, 0.8, 0.825, 0.85, 0.875, 0.9, 0.925, 0.95, 1.0)  # shares of a run's steps
 BLOCK_SIZE, N_LAYER, N_EMBD = 64, 4, 128
 FEWER_TOKENS, LESS_TIME = 4, 6  # times, against the reference
 
@@ -256,7 +256,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="a text file; default: the Python standard library's source")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=6, help="our recipe was chosen on seeds 1, 2, 101 and 102")
+    parser.add_argument("--first-seed", type=int, default=6, help="our recipe was chosen on seeds 1, 2 and above 100")
     parser.add_argument("--compile", action="store_true", help="both recipes through torch.compile")
     parser.add_argument("--spec", type=Path, default=ROOT / "examples" / "nanochat-tiny.json", help="our recipe")
     parser.add_argument("--json", type=Path, default=RESULTS / "time_to_loss.json")
