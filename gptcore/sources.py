@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -111,12 +112,11 @@ def _one_by_one(files: list[Path], read: Callable[[Path], Iterator[Document]], s
 
 
 def _named(path: Path, documents: Iterator[Document]) -> Iterator[Document]:
-    """The same; raises ValueError with the file's name where it is not text."""
+    """The same; raises ValueError with the file's name where it is not text, or packed and damaged."""
     try:
         yield from documents
-    except UnicodeDecodeError as error:
-        where = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"{path} is not UTF-8 text: {where}; unpack or convert it first") from error
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}; unpack or convert it first") from error
 
 
 def _from_tables(names: list[str], open_file: Callable[[str], Any], field: str, skip: int) -> Iterator[Document]:

@@ -163,6 +163,22 @@ def test_with_redis_away_the_answer_says_so_and_names_no_password(settings: Sett
         assert server.http.get("/healthz").status_code == 200
 
 
+def test_with_a_redis_that_takes_no_writes_reading_goes_on_and_the_reason_is_said(
+    http: httpx2.Client, store: Store
+) -> None:
+    store._redis.config_set("maxmemory", 1)
+    try:
+        refused = http.post("/jobs", json=train_spec())
+        assert http.get("/jobs").json()["data"] == []
+    finally:
+        store._redis.config_set("maxmemory", 0)
+    assert (refused.status_code, refused.json()["code"]) == (503, "store_unavailable")
+    assert refused.json()["detail"].startswith(
+        "Redis takes no writes: command not allowed when used memory > 'maxmemory'"
+    )
+    assert http.post("/jobs", json=train_spec()).status_code == 201
+
+
 def test_openapi_describes_the_errors_as_they_are(http: httpx2.Client) -> None:
     schema = http.get("/openapi.json").json()
     assert {"/jobs", "/jobs/plan", "/jobs/{job_id}/metrics", "/jobs/{job_id}/cancel"} <= schema["paths"].keys()

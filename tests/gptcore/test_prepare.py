@@ -13,7 +13,7 @@ import pytest
 
 from gptcore.dataset import HEADER_BYTES, Dataset
 from gptcore.prepare import prepare
-from gptcore.sources import Document, Source, jsonl_files, parquet_files, python_stdlib, text_files
+from gptcore.sources import Document, Source, jsonl_files, local_files, parquet_files, python_stdlib, text_files
 from gptcore.tokenizer import load_tokenizer
 from tests.gptcore.hellaswag_items import make_items
 
@@ -160,19 +160,21 @@ def test_a_row_without_the_field_is_named_by_file_and_line(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("name", "said"),
     [
-        (jsonl_files, r"rows\.any is not UTF-8 text: invalid start byte at byte 0; unpack or convert it first"),
-        (parquet_files, r"rows\.any is no Parquet file: "),
+        ("rows.jsonl", r"rows\.jsonl cannot be read as UTF-8 text: .*invalid start byte; unpack or convert it first"),
+        ("rows.jsonl.gz", r"rows\.jsonl\.gz cannot be read as UTF-8 text: Not a gzipped file"),
+        ("short.jsonl.gz", r"short\.jsonl\.gz cannot be read as UTF-8 text: Compressed file ended"),
+        ("rows.parquet", r"rows\.parquet is no Parquet file: "),
     ],
 )
-def test_a_file_of_another_format_is_named(
-    tmp_path: Path, make: Callable[[list[Path], str], Source], said: str
-) -> None:
-    path = tmp_path / "rows.any"
+def test_a_file_of_another_format_or_a_damaged_one_is_named(tmp_path: Path, name: str, said: str) -> None:
+    path = tmp_path / name
     path.write_bytes(b"\xff\xfe not what was promised")
+    if name.startswith("short"):
+        path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-9])
     with pytest.raises(ValueError, match=said):
-        list(make([path], "text").read(0))
+        list(local_files(path.name.split(".")[1], [path], "text").read(0))
 
 
 def test_a_row_without_text_is_an_empty_document(tmp_path: Path) -> None:
