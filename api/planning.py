@@ -11,17 +11,7 @@ from api.estimate import estimate
 from gptcore.native import native_class
 from gptcore.plan import Hardware, Plan, plan, refuse_another_shape, resolve
 from gptcore.rundir import RunDir
-from gptcore.spec import (
-    AnySpec,
-    EvalSpec,
-    InitSpec,
-    ModelSpec,
-    PrepareSpec,
-    PublishSpec,
-    TrainSpec,
-    children_of,
-    refusal,
-)
+from gptcore.spec import AnySpec, EvalSpec, InitSpec, PrepareSpec, PublishSpec, TrainSpec, children_of, refusal
 from worker.settings import Settings
 from worker.store import JobNotFound, Store
 
@@ -60,7 +50,7 @@ def planned(spec: AnySpec, settings: Settings, store: Store) -> Planned:
     hardware = store.pool_hardware(pool, device)
     children = children_of(resolved)
     if resolved.init_from is not None:
-        _check_init(resolved.init_from, resolved.model, settings)
+        _check_init(resolved, resolved.init_from, settings)
     if resolved.publish is not None:
         _check_publish(resolved, resolved.publish.repo, settings, "/publish")
     guess, warnings = None, []
@@ -94,15 +84,18 @@ def _check_subject(spec: EvalSpec | PublishSpec, settings: Settings, store: Stor
     return job.id if job.status == "succeeded" else None
 
 
-def _check_init(init: InitSpec, model: ModelSpec, settings: Settings) -> None:
+def _check_init(spec: TrainSpec, init: InitSpec, settings: Settings) -> None:
     """Refuse first weights that are not there or are of another shape; the Hub's are looked at by the trainer."""
     run, pointer = None, "/init_from/source"
     if not init.source.startswith("hf://"):
         run = _run_with_weights(init.source, pointer, settings, exported_too=True)
     if run is not None and not (run.path / "config.json").exists():
-        newest, *_ = run.complete_checkpoints()[-1]
+        newest, step, _ = run.complete_checkpoints()[-1]
+        if init.optimizer and step >= spec.max_steps:
+            why = f"max_steps {spec.max_steps} is not beyond {init.source}'s step {step}; set more steps"
+            _refuse("/max_steps", why)
         theirs = json.loads((newest / "state.json").read_text())["spec"]["model"]
-        refuse_another_shape(init.source, model, {k: v for k, v in theirs.items() if k not in ("preset", "init")})
+        refuse_another_shape(init.source, spec.model, {k: v for k, v in theirs.items() if k not in ("preset", "init")})
     elif init.optimizer:
         _refuse(pointer, f"{init.source} is a Hub folder, which has no optimiser state; leave optimizer out")
 

@@ -298,6 +298,13 @@ def resume(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     _show(Client(url).resume(job), as_json, _status)
 
 
+@app.command("continue")
+def continue_job(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+    """Go on from the last checkpoint of a run that failed or was cancelled, as a new job."""
+    overrides = {"init_from": {"source": job, "optimizer": True}}
+    _show(Client(url).submit({"from": job, "overrides": overrides}), as_json, _status)
+
+
 def _show(answer: Any, as_json: bool, readable: Callable[[Any], Any]) -> None:
     if as_json:
         typer.echo(json.dumps(answer, indent=2))

@@ -145,7 +145,7 @@ class Store(Connected):
             way_out = "resume it once it is paused" if job.status == "pausing" else "submit it as a new job"
             if job.ended and job.kind == "train":
                 more = json.dumps({"from": job_id, "overrides": {"init_from": {"source": job_id, "optimizer": True}}})
-                way_out = f"a new job goes on from its last checkpoint: submit {more}"
+                way_out = f"a new job goes on from its last checkpoint: trainmaster continue {job_id}, or submit {more}"
             raise NotPossible(f"{job_id} is {job.status}; {way_out}")
         return job
 

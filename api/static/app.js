@@ -269,9 +269,10 @@ class RunView {
     parent.href = `#${job.parent_job_id}`;
     byId("run-parent").replaceChildren(job.parent_job_id ? parent : "");
     const pause = byId("pause");
-    pause.hidden = ENDED.includes(job.status);
+    pause.hidden = ENDED.includes(job.status) && !canGoOn(job);
     pause.disabled = ["pausing", "cancelling"].includes(job.status);
-    pause.textContent = job.status === "paused" ? "Resume" : "Pause";
+    pause.textContent = canGoOn(job) ? "Go on" : job.status === "paused" ? "Resume" : "Pause";
+    pause.title = canGoOn(job) ? "from the last checkpoint, as a new job" : "";
     const cancel = byId("cancel");
     cancel.hidden = ENDED.includes(job.status);
     cancel.disabled = job.status === "cancelling";
@@ -398,10 +399,24 @@ byId("smoothing").addEventListener("input", (event) => {
   if (view.curves) view.draw();
 });
 
-// ---- pausing and cancelling
+// ---- pausing, going on and cancelling
+
+function canGoOn(job) {
+  return job.kind === "train" && ["failed", "cancelled"].includes(job.status);
+}
+
+/* What is left of a run that has ended, as a new job: its page is shown. */
+async function goOn(id) {
+  const overrides = { init_from: { source: id, optimizer: true } };
+  const job = await ask("/jobs", { method: "POST", body: JSON.stringify({ from: id, overrides }) });
+  location.hash = job.id;
+}
 
 byId("pause").addEventListener("click", async () => {
-  await attempt(() => ask(path(view.id, view.job.status === "paused" ? "/resume" : "/pause"), { method: "POST" }));
+  const { id, job } = view;
+  await attempt(() =>
+    canGoOn(job) ? goOn(id) : ask(path(id, job.status === "paused" ? "/resume" : "/pause"), { method: "POST" }),
+  );
   poll();
 });
 

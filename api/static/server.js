@@ -22,7 +22,8 @@ async function request(url, { headers, ...options } = {}) {
 }
 
 export async function ask(url, options = {}) {
-  return (await request(url, { ...options, headers: { Accept: "application/json" } })).json();
+  const type = options.body ? { "Content-Type": "application/json" } : {};
+  return (await request(url, { ...options, headers: { Accept: "application/json", ...type } })).json();
 }
 
 /* A file of the server as a URL that a link can open: links carry no key. */

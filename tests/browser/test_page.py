@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +135,21 @@ def test_a_run_is_paused_and_resumed(page: Page, server: Server, run: FakeRun) -
     expect(page.locator("#run-status")).to_have_text("paused")
     page.get_by_role("button", name="Resume").click()
     expect(page.locator("#run-status")).to_have_text("queued")
+
+
+def test_a_run_that_failed_goes_on_as_a_new_job(page: Page, server: Server, run: FakeRun, store: Store) -> None:
+    feed(run, 1, 5)
+    checkpoint = run.directory.checkpoints / "step-00000005-a0001"
+    checkpoint.mkdir(parents=True)
+    model = store.get_job(run.id).spec["model"] | {"vocab_size": 256}
+    (checkpoint / "state.json").write_text(json.dumps({"sizes": {}, "spec": {"model": model}}))
+    page.goto(f"{server.url}/#{run.id}")
+    run.end("failed")
+    page.get_by_role("button", name="Go on").click()
+    expect(page.locator("#run-status")).to_have_text("queued")
+    newest = store.list_jobs().data[0]
+    assert page.url.endswith(f"#{newest.id}") and newest.id != run.id
+    assert newest.spec["init_from"] == {"source": run.id, "optimizer": True}
 
 
 def test_what_evaluations_found_and_the_model_wrote_stands_with_its_run(
