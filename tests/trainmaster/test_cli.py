@@ -37,7 +37,7 @@ def test_plan_gives_the_numbers_without_a_server_and_without_torch(home: Path) -
     )
     done = subprocess.run([sys.executable, "-c", code, str(DEMO)], capture_output=True, text=True)
     planned = json.loads(done.stdout)
-    assert planned["plan"]["total_tokens"] == 300 * 8192
+    assert planned["plan"]["total_tokens"] == json.loads(DEMO.read_text())["max_steps"] * 8192
     assert planned["spec"]["model"]["vocab_size"] == 256
     assert done.stderr == "False"
 
