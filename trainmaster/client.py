@@ -121,7 +121,10 @@ class Client:
         return self._call("GET", "/compare", params={"job": list(job_ids), **query})
 
     def events(self, job_id: str, after: str | None = None) -> Iterator[Json]:
-        """Every event of a job, live, until the job has ended; `after` is the id of the last one known."""
+        """Every event of a job, live, until the job has ended; `after` is the id of the last one known.
+
+        Reconnects where it left off: no event is missed or seen twice.
+        """
         return (json.loads(data) for data in self._follow(f"/jobs/{job_id}/events", after))
 
     def log(self, job_id: str) -> Iterator[str]:
@@ -129,7 +132,7 @@ class Client:
         return self._follow(f"/jobs/{job_id}/logs")
 
     def _follow(self, path: str, after: str | None = None) -> Iterator[str]:
-        """A stream's data. Reconnects where it left off: nothing is missed or seen twice."""
+        """A stream's data, over reconnections."""
         trial = _Trial(STREAM_SECONDS)
         while True:
             try:

@@ -111,8 +111,8 @@ class Launcher:
         """Raises OSError where not one checkpoint would fit: what is trained could not be kept."""
         need, free = (self._job.plan or {}).get("checkpoint_bytes", LEAST_BYTES), disk_usage(self._settings.runs).free
         if free < need:
-            why = f"a run needs {need / 2**20:,.0f} MiB for a checkpoint, {free / 2**20:,.0f} are free"
-            raise OSError(errno.ENOSPC, why)
+            what = " for a checkpoint" if self._job.plan else ""
+            raise OSError(errno.ENOSPC, f"it needs {need / 2**20:,.0f} MiB{what}, {free / 2**20:,.0f} are free")
 
     def _claim_folder(self) -> bool:
         """Make this attempt's folder. An older state of the store learns from the directory how far it came."""

@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from redis.exceptions import NoPermissionError
+
 from gptcore.plan import Hardware, Plan
 from gptcore.spec import AnySpec
 from worker.connection import Connected
@@ -143,7 +145,7 @@ class Store(Connected):
         job = self._ask("resume", job_id, who)
         if job.ended or job.status in ("pausing", "cancelling"):
             way_out = "resume it once it is paused" if job.status == "pausing" else "submit it as a new job"
-            if job.ended and job.kind == "train":
+            if job.status in ("failed", "cancelled") and job.kind == "train":
                 more = json.dumps({"from": job_id, "overrides": {"init_from": {"source": job_id, "optimizer": True}}})
                 way_out = f"a new job goes on from its last checkpoint: trainmaster continue {job_id}, or submit {more}"
             raise NotPossible(f"{job_id} is {job.status}; {way_out}")
@@ -355,10 +357,13 @@ class Store(Connected):
 
     def weaknesses(self) -> list[str]:
         """What in this Redis's settings may cost jobs that were acknowledged, and the way out."""
-        info = self._redis.info()
-        evicts = info["maxmemory"] and info["maxmemory_policy"] != "noeviction"
+        try:
+            info = self._redis.info()
+        except NoPermissionError:
+            return ["INFO is not permitted, so nobody knows whether it keeps jobs; permit it"]
+        evicts = info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction"
         found = {
-            "appendonly is off, so a crash may cost jobs; set it to yes": not info["aof_enabled"],
+            "appendonly is off, so a crash may cost jobs; set it to yes": info.get("aof_enabled") == 0,
             "it evicts jobs where its memory is full; set maxmemory-policy to noeviction": evicts,
         }
         return [what for what, is_so in found.items() if is_so]

@@ -417,6 +417,9 @@ def test_a_paused_job_waits_and_a_resumed_one_is_queued_again(store: Store) -> N
     for ask in (store.request_pause, store.resume):
         with pytest.raises(NotPossible, match="is cancelled"):
             ask(running)
+    assert store.finish(waiting, 1, "succeeded", "", who="t", fields={}) == "succeeded"
+    with pytest.raises(NotPossible, match="is succeeded; submit it as a new job"):
+        store.resume(waiting)
 
 
 def test_a_redis_that_may_forget_jobs_is_told_apart(store: Store) -> None:
@@ -430,6 +433,14 @@ def test_a_redis_that_may_forget_jobs_is_told_apart(store: Store) -> None:
         assert store.weaknesses() == []
     finally:
         store._redis.config_set("maxmemory", 0, "appendonly", "no")
+
+
+def test_a_redis_that_shows_no_settings_is_served_all_the_same(store: Store, redis_url: str) -> None:
+    store._redis.execute_command("ACL SETUSER shy on nopass ~* &* +@all -info")
+    shy = Store(redis_url.replace("redis://", "redis://shy:none@"))
+    assert [what.partition(",")[0] for what in shy.weaknesses()] == ["INFO is not permitted"]
+    shy.close()
+    store._redis.execute_command("ACL DELUSER shy")
 
 
 def test_a_redis_without_memory_does_nothing_by_halves(store: Store) -> None:

@@ -1,4 +1,5 @@
--- lease seconds, attempts lost in a row that end a job (0: these do not count), who, error as JSON, id and attempt or '' ''
+-- lease seconds, attempts lost in a row that end a job (0: this one does not count), who, error as JSON, id and
+-- attempt or '' ''
 -- → ids of the attempts given up. With an id: that launcher or trainer is known to be dead.
 -- Without: every attempt of which a lease ran out, the error made here.
 local lease, most, who, failure, only, attempt = tonumber(ARGV[1]), tonumber(ARGV[2]), unpack(ARGV, 3)
