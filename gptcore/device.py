@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from gptcore.cgroup import memory_bytes
 from gptcore.dist import Dist
 from gptcore.plan import Hardware
 from gptcore.spec import TrainSpec
@@ -27,8 +28,8 @@ def hardware(dist: Dist) -> Hardware:
         return Hardware(
             device="cuda", device_name=properties.name, ranks=local_ranks, memory_bytes=properties.total_memory
         )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware(device="cpu", device_name=_cpu_name(), ranks=local_ranks, memory_bytes=memory // local_ranks)
+    memory = memory_bytes() // local_ranks
+    return Hardware(device="cpu", device_name=_cpu_name(), ranks=local_ranks, memory_bytes=memory)
 
 
 def _cpu_name() -> str:

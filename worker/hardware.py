@@ -10,8 +10,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-import psutil
-
+from gptcore.cgroup import memory_bytes, most_threads
 from gptcore.plan import Hardware
 from worker.job import Slot
 from worker.settings import Settings
@@ -72,6 +71,8 @@ def _used_mebibytes() -> list[int]:
 def find_slots(settings: Settings, node: str) -> list[Slot]:
     """The node's slots as TRAINMASTER_SLOTS shares them out. Raises ValueError where it cannot."""
     cores, found = slot_cores(), gpus() if settings.device != "cpu" else []
+    if found or not settings.slots:  # who names cores means them
+        cores = cores[: most_threads()]
     if settings.device == "cuda" and not found:
         raise ValueError("TRAINMASTER_DEVICE is cuda, but nvidia-smi shows no GPU; use auto or cpu")
     if not found:
@@ -108,8 +109,7 @@ def _shares(ranges: str, available: list[int], what: str) -> list[list[int]]:
 
 
 def _cpu_slot(slot: str, cores: list[int]) -> Slot:
-    memory = psutil.virtual_memory().total
-    hardware = Hardware(device="cpu", device_name="cpu", ranks=len(cores), memory_bytes=memory)
+    hardware = Hardware(device="cpu", device_name="cpu", ranks=len(cores), memory_bytes=memory_bytes())
     return Slot(id=slot, cores=cores, gpus=[], hardware=hardware)
 
 
