@@ -84,7 +84,7 @@ def read_dataset(root: Path, name: str) -> Dataset | None:
 
 def list_datasets(root: Path) -> list[Dataset]:
     """Every prepared dataset, by name."""
-    names = sorted(p.parent.name for p in root.glob("*/dataset.json")) if root.is_dir() else []
+    names = sorted(p.parent.name for p in root.glob("[!.]*/dataset.json")) if root.is_dir() else []
     return [d for name in names if (d := read_dataset(root, name)) is not None]
 
 

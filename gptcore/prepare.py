@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from gptcore.dataset import (
     Shard,
     Split,
     dataset_file,
+    read_dataset,
     shard_header,
     shard_problem,
 )
@@ -50,12 +52,19 @@ class SplitWriter:
         self.tokens: int = state["tokens"]
         self.bytes: int = state["bytes"]
         self.documents: int = state["documents"]
-        self._partial = folder / f"{name}.partial"
-        self._file = self._open(HEADER_BYTES + TOKEN_BYTES * self.open_tokens)
+        self._file = self._open()
 
-    def _open(self, size: int) -> BinaryIO:
+    @property
+    def _path(self) -> Path:
+        """Of the open shard: no other's, so that what a killed process wrote behind its last state is written again."""
+        return self._folder / f"{self._name}-{len(self.shards):05d}.bin"
+
+    def _open(self) -> BinaryIO:
         """The open shard, cut back to what the state knows of."""
-        file = self._partial.open("r+b" if self._partial.exists() else "w+b")
+        size = HEADER_BYTES + TOKEN_BYTES * self.open_tokens
+        whole = not self.open_tokens or self._path.stat().st_size >= size
+        assert whole, f"{self._path} lost its end; remove {self._folder} to begin anew"
+        file = self._path.open("r+b" if self.open_tokens else "w+b")
         file.truncate(size)
         file.seek(size)
         return file
@@ -72,19 +81,22 @@ class SplitWriter:
             tokens = tokens[len(part) :]
             if self.open_tokens == self._shard_tokens:
                 self._finish_shard()
-                self._file = self._open(HEADER_BYTES)
+                self._file = self._open()
 
     def _finish_shard(self) -> None:
         self._file.seek(0)
         self._file.write(shard_header(self.open_tokens))
+        self._sync()
         self._file.close()
-        path = self._folder / f"{self._name}-{len(self.shards):05d}.bin"
-        self._partial.replace(path)
-        self.shards.append(_shard(path, self.open_tokens))
+        self.shards.append(_shard(self._path, self.open_tokens))
         self.open_tokens = 0
 
-    def state(self) -> dict[str, Any]:
+    def _sync(self) -> None:
         self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def state(self) -> dict[str, Any]:
+        self._sync()
         counts = {key: getattr(self, key) for key in ("open_tokens", "tokens", "bytes", "documents")}
         return counts | {"shards": [s.model_dump() for s in self.shards]}
 
@@ -93,7 +105,7 @@ class SplitWriter:
             self._finish_shard()
         else:
             self._file.close()
-            self._partial.unlink()
+            self._path.unlink()
         return Split(tokens=self.tokens, bytes=self.bytes, documents=self.documents, shards=self.shards)
 
     def close(self) -> None:
@@ -110,8 +122,8 @@ def prepare(
     Raises ValueError where another dataset has the name, or nothing is left for one of the splits.
     """
     settings = {
-        "source": source.fingerprint, "tokenizer": tokenizer_name, "val_fraction": val_fraction,
-        "max_tokens": max_tokens, "shard_tokens": shard_tokens,
+        "source": f"{source.fingerprint} {source.description}", "tokenizer": tokenizer_name,
+        "val_fraction": val_fraction, "max_tokens": max_tokens, "shard_tokens": shard_tokens,
     }  # fmt: skip
     root.mkdir(parents=True, exist_ok=True)
     with exclusive(root / f".{name}.lock"):  # of two that prepare the same dataset the second finds it made
@@ -119,10 +131,8 @@ def prepare(
         done = _finished(final, settings)
         if done is not None:
             return done
-        if final.exists():  # runs may be training on it, and would resume on other data
-            raise ValueError(
-                f"dataset {name} exists, made from other text or settings; use another name, or remove {final} first"
-            )
+        if final.exists():
+            raise _taken(root, name)
         tokenizer = load_tokenizer(tokenizer_name)
         splits = _write(folder, source, tokenizer, settings, progress)
         for split, found in splits.items():
@@ -131,14 +141,11 @@ def prepare(
                     f"dataset {name}: no tokens for {split} from {source.description} "
                     f"({sum(s.documents for s in splits.values())} documents); give more text or another val_fraction"
                 )
-        dataset = Dataset(
-            name=name, tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size,
-            source=source.description, train=splits["train"], val=splits["val"],
-        )  # fmt: skip
+        dataset = _described(name, tokenizer, source.description, splits)
         write_atomically(dataset_file(folder.parent, folder.name), dataset.model_dump_json(indent=2))
         write_atomically(folder / "settings.json", json.dumps(settings))
-        (folder / "state.json").unlink()
         folder.rename(final)
+        (final / "state.json").unlink()
         return dataset
 
 
@@ -164,7 +171,6 @@ def adopt_shards(root: Path, name: str, folder: Path, tokenizer_name: str) -> Da
         raise ValueError("; ".join(problems))
     tokenizer = load_tokenizer(tokenizer_name)
     splits = {}
-    (root / name).mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         own = [path for path in files if ("val" in path.name) == (split == "val")]
         if not own:
@@ -172,16 +178,29 @@ def adopt_shards(root: Path, name: str, folder: Path, tokenizer_name: str) -> Da
                 f'{folder} holds no shard for {split}: files *.bin, with "val" in a validation one\'s name'
             )
         splits[split] = _describe(own, tokenizer)
-        for path in own:
+    dataset = _described(name, tokenizer, f"shards: {folder.name}", splits)
+    root.mkdir(parents=True, exist_ok=True)
+    with exclusive(root / f".{name}.lock"):
+        if (made := read_dataset(root, name)) is not None and made != dataset:
+            raise _taken(root, name)
+        (root / name).mkdir(exist_ok=True)
+        for path in files:
             link = root / name / path.name
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.absolute())
-    dataset = Dataset(
-        name=name, tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size,
-        source=f"shards: {folder.name}", train=splits["train"], val=splits["val"],
-    )  # fmt: skip
-    write_atomically(dataset_file(root, name), dataset.model_dump_json(indent=2))
+            if link.resolve() != path.resolve():  # they may lie there already
+                link.unlink(missing_ok=True)
+                link.symlink_to(path.resolve())
+        write_atomically(dataset_file(root, name), dataset.model_dump_json(indent=2))
     return dataset
+
+
+def _described(name: str, tokenizer: Tokenizer, source: str, splits: dict[str, Split]) -> Dataset:
+    return Dataset(name=name, tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, source=source, **splits)
+
+
+def _taken(root: Path, name: str) -> ValueError:
+    """Runs may be training on it, and would resume on other data."""
+    way_out = f"use another name, or remove {root / name} first"
+    return ValueError(f"dataset {name} exists, made from other text or settings; {way_out}")
 
 
 def _shard(path: Path, tokens: int) -> Shard:
@@ -212,6 +231,8 @@ def _write(
     lengths = tokenizer.token_bytes()
     try:
         for batch in _batches(source.read(documents), BATCH_CHARACTERS):
+            if max_tokens is not None and writers["train"].tokens >= max_tokens:
+                break
             for document, tokens in zip(batch, _encode_all(tokenizer, batch), strict=True):
                 split = "val" if _share(document.name) < settings["val_fraction"] else "train"
                 writers[split].append(tokens, int(lengths[tokens].sum()))
@@ -219,8 +240,6 @@ def _write(
             saved = {"settings": settings, "documents": documents} | {s: w.state() for s, w in writers.items()}
             write_atomically(folder / "state.json", json.dumps(saved))
             progress(documents, sum(w.tokens for w in writers.values()))
-            if max_tokens is not None and writers["train"].tokens >= max_tokens:
-                break
         return {split: writer.finish() for split, writer in writers.items()}
     finally:
         for writer in writers.values():
@@ -250,7 +269,7 @@ def _batches(documents: Iterable[Document], characters: int) -> Iterator[list[Do
 
 def _share(name: str) -> float:
     """A document's place in [0, 1), from its name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
 
 
 def _finished(final: Path, settings: dict[str, Any]) -> Dataset | None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import platform
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
-PIECE_CHARACTERS = 16_384  # few long texts are cut to such pieces, at line ends
+UTF8 = "utf-8-sig"  # with a mark in front or without
 FEW_TEXTS = 20
+PIECES = 128  # few texts are cut to about so many each, at line ends, or validation would have whole texts or nothing
+LEAST_PIECE, LARGEST_PIECE = 1024, 16_384  # characters
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,10 @@ def text_files(paths: list[Path]) -> Source:
     files = _files(paths, "*.txt")
 
     def read(path: Path) -> Iterator[Document]:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        return iter([Document(path.name, text)]) if len(files) >= FEW_TEXTS else _pieces(path.name, text)
+        text = path.read_text(encoding=UTF8)
+        if "\0" in text:  # UTF-16 in disguise
+            raise ValueError(f"{path} is not plain text: it holds characters of number 0; convert it first")
+        yield from [Document(files[path], text)] if len(files) >= FEW_TEXTS else _pieces(files[path], text)
 
     return Source(f"text: {_names(paths)}", _fingerprint(files), partial(_one_by_one, files, read))
 
@@ -60,9 +65,10 @@ def jsonl_files(paths: list[Path], field: str) -> Source:
     files = _files(paths, "*.jsonl", "*.jsonl.gz")
 
     def read(path: Path) -> Iterator[Document]:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding=UTF8) as lines:
             for number, line in enumerate(lines, 1):
-                yield Document(f"{path.name}:{number}", _field(path, number, line, field))
+                if line.strip():
+                    yield Document(f"{files[path]}:{number}", _field(path, number, line, field))
 
     return Source(f"jsonl: {_names(paths)}, field {field}", _fingerprint(files), partial(_one_by_one, files, read))
 
@@ -70,7 +76,8 @@ def jsonl_files(paths: list[Path], field: str) -> Source:
 def parquet_files(paths: list[Path], field: str) -> Source:
     """Parquet tables; a row is a document, its text in column `field`."""
     files = _files(paths, "*.parquet")
-    read = partial(_from_tables, [str(path) for path in files], partial(open, mode="rb"), field)
+    named = {str(path): name for path, name in files.items()}
+    read = partial(_from_tables, named, partial(open, mode="rb"), field)
     return Source(f"parquet: {_names(paths)}, column {field}", _fingerprint(files), read)
 
 
@@ -84,7 +91,7 @@ def hub_files(repo: str, pattern: str, field: str) -> Source:
 
     commit = HfApi().dataset_info(repo).sha
     files = HfFileSystem()
-    names = sorted(str(name) for name in files.glob(f"datasets/{repo}@{commit}/{pattern}"))
+    names = {str(name): PurePath(name).name for name in sorted(files.glob(f"datasets/{repo}@{commit}/{pattern}"))}
     if not names:
         raise FileNotFoundError(f"dataset {repo} holds no file {pattern}")
     read = partial(_from_tables, names, partial(files.open, mode="rb"), field)
@@ -98,16 +105,17 @@ def python_stdlib() -> Source:
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = sorted(p for p in folder.rglob("*.py") if not left_out & set(p.relative_to(folder).parts))
+    found = sorted(p for p in folder.rglob("*.py") if not left_out & set(p.relative_to(folder).parts))
+    files = {path: str(path.relative_to(folder)) for path in found}
 
     def read(path: Path) -> Iterator[Document]:
-        yield Document(str(path.relative_to(folder)), path.read_text(encoding="utf-8", errors="replace"))
+        yield Document(files[path], path.read_text(encoding="utf-8", errors="replace"))
 
     description = f"Python {platform.python_version()} standard library"
     return Source(description, _fingerprint(files), partial(_one_by_one, files, read))
 
 
-def _one_by_one(files: list[Path], read: Callable[[Path], Iterator[Document]], skip: int) -> Iterator[Document]:
+def _one_by_one(files: Iterable[Path], read: Callable[[Path], Iterator[Document]], skip: int) -> Iterator[Document]:
     return islice((document for path in files for document in _named(path, read(path))), skip, None)
 
 
@@ -119,8 +127,10 @@ def _named(path: Path, documents: Iterator[Document]) -> Iterator[Document]:
         raise ValueError(f"{path} cannot be read as UTF-8 text: {error}; unpack or convert it first") from error
 
 
-def _from_tables(names: list[str], open_file: Callable[[str], Any], field: str, skip: int) -> Iterator[Document]:
-    for name in names:
+def _from_tables(
+    files: Mapping[str, str], open_file: Callable[[str], Any], field: str, skip: int
+) -> Iterator[Document]:
+    for name, known_as in files.items():
         with open_file(name) as file:
             import pyarrow.parquet
 
@@ -130,8 +140,11 @@ def _from_tables(names: list[str], open_file: Callable[[str], Any], field: str, 
                 raise ValueError(f"{name} is no Parquet file: {error}") from error
             if field not in table.schema_arrow.names:
                 raise ValueError(f"{name}: no column {field!r}; it has {', '.join(table.schema_arrow.names)}")
+            kind = str(table.schema_arrow.field(field).type)
+            if not kind.removeprefix("dictionary<values=").startswith(("string", "large_string")):
+                raise ValueError(f"{name}: column {field!r} holds {kind}, not text; name another")
             for row, text in _rows(table, field, skip):
-                yield Document(f"{PurePath(name).name}:{row}", text)
+                yield Document(f"{known_as}:{row}", text)
             skip = max(0, skip - table.metadata.num_rows)
 
 
@@ -144,14 +157,14 @@ def _rows(table: Any, field: str, skip: int) -> Iterator[tuple[int, str]]:
             # without pyarrow's threads: one that still holds the file as Python ends takes the process down
             texts = table.read_row_group(group, columns=[field], use_threads=False).column(field).to_pylist()
             begin = max(0, skip - first)
-            yield from ((first + i, "" if texts[i] is None else str(texts[i])) for i in range(begin, rows))
+            yield from ((first + i, texts[i] or "") for i in range(begin, rows))
         first += rows
 
 
 def _pieces(name: str, text: str) -> Iterator[Document]:
-    start = 0
+    start, size = 0, min(LARGEST_PIECE, max(LEAST_PIECE, len(text) // PIECES))
     while start < len(text):
-        end = min(len(text), start + PIECE_CHARACTERS)
+        end = min(len(text), start + size)
         if end < len(text):
             line_end = text.rfind("\n", start, end)
             end = line_end + 1 if line_end > start else end
@@ -164,32 +177,33 @@ def _field(path: Path, number: int, line: str, field: str) -> str:
         row = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    if not isinstance(row, dict) or not isinstance(row.get(field, row), str | None):
+        fields = row.items() if isinstance(row, dict) else [("no fields", row)]
+        has = ", ".join(f"{name} ({type(value).__name__})" for name, value in fields)
         raise ValueError(f"{path}, line {number}: no text in field {field!r}; it has {has}")
-    return str(row[field])
+    return str(row[field] or "")
 
 
-def _files(paths: list[Path], *patterns: str) -> list[Path]:
-    """The files meant: each path itself, or all in a folder that match one."""
-    files: list[Path] = []
+def _files(paths: list[Path], *patterns: str) -> dict[Path, str]:
+    """The files meant, each path itself or all in a folder that match one, and what each is known as."""
+    files: dict[Path, str] = {}
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
-        found = sorted(f for p in patterns for f in path.rglob(p)) if path.is_dir() else [path]
+        found = sorted(f for p in patterns for f in path.rglob(p) if f.is_file()) if path.is_dir() else [path]
         if not found:
             raise FileNotFoundError(f"{path} holds no file {' or '.join(patterns)}")
-        files += found
+        files |= {file: str(file.relative_to(path)) if path.is_dir() else file.name for file in found}
     return files
 
 
 def _names(paths: list[Path]) -> str:
-    return ", ".join(p.name for p in paths)
+    return ", ".join(os.fsencode(p.name).decode("utf-8", "replace") for p in paths)
 
 
-def _fingerprint(files: list[Path]) -> str:
+def _fingerprint(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         stat = path.stat()
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(path.resolve()) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptcore.data import Prefetcher, Sequence, Windows, permuted
-from gptcore.dataset import HEADER_BYTES, MAGIC, Shard, Split
+from gptcore.dataset import HEADER_BYTES, MAGIC, Shard, Split, read_dataset
 from gptcore.dist import Dist
 from gptcore.prepare import adopt_shards
 from gptcore.spec import SpecError
@@ -120,6 +120,28 @@ def test_a_shard_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         write_shard(tmp_path / name, np.array([1, 300]))
     with pytest.raises(ValueError, match="holds token 300; bytes has 256"):
         adopt_shards(tmp_path / "datasets", "x", tmp_path, "bytes")
+
+
+def test_shards_that_cannot_be_taken_leave_the_name_free(tmp_path: Path) -> None:
+    root, theirs = tmp_path / "datasets", tmp_path / "theirs"
+    theirs.mkdir()
+    write_shard(theirs / "train.bin", np.array([1, 2, 3]))
+    with pytest.raises(ValueError, match="holds no shard for val"):
+        adopt_shards(root, "x", theirs, "bytes")
+    assert not (root / "x").exists()
+
+
+def test_other_shards_do_not_replace_a_dataset(tmp_path: Path) -> None:
+    root, theirs = tmp_path / "datasets", tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("train.bin", "val.bin"):
+        write_shard(theirs / name, np.array([1, 2, 3]))
+    made = adopt_shards(root, "x", theirs, "bytes")
+    assert adopt_shards(root, "x", theirs, "bytes") == made
+    write_shard(theirs / "more.bin", np.array([4, 5, 6]))
+    with pytest.raises(ValueError, match="dataset x exists"):
+        adopt_shards(root, "x", theirs, "bytes")
+    assert read_dataset(root, "x") == made
 
 
 def test_a_shard_header_is_the_one_that_other_trainers_write(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 import os
@@ -11,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import gptcore.prepare
 from gptcore.dataset import HEADER_BYTES, Dataset
 from gptcore.prepare import prepare
 from gptcore.sources import Document, Source, jsonl_files, local_files, parquet_files, python_stdlib, text_files
@@ -30,6 +32,10 @@ def made_up(count: int = 60, stop_at: int | None = None) -> Source:
             yield Document(f"doc-{number}", f"{number} " + WORDS * (number % 7 + 1))
 
     return Source("made up", "v1", read)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def tokens_of(root: Path, dataset: Dataset, split: str) -> np.ndarray:
@@ -69,6 +75,47 @@ def test_interrupted_work_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch:
     assert begun[0] > 20
 
 
+@pytest.mark.parametrize("what", ["write_atomically", "_shard"])
+def test_work_cut_off_between_any_two_writes_goes_on_and_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr("gptcore.prepare.BATCH_CHARACTERS", 500)
+    options = {"val_fraction": 0.3, "shard_tokens": 700}
+    whole = prepare(tmp_path / "whole", "d", made_up(), "bytes", **options)  # type: ignore[arg-type]
+    really, calls = getattr(gptcore.prepare, what), 0
+
+    def cut_off(*given: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 1 + round:
+            raise OSError(errno.ENOSPC, "no space left")
+        return really(*given)
+
+    monkeypatch.setattr(gptcore.prepare, what, cut_off)
+    for round in range(100):
+        root, calls = tmp_path / f"{round}", 0
+        try:
+            made = prepare(root, "d", made_up(), "bytes", **options)  # type: ignore[arg-type]
+        except OSError:
+            made = prepare(root, "d", made_up(), "bytes", **options)  # type: ignore[arg-type]
+        else:
+            break
+        assert made == whole, f"cut off at call {round} of {what}"
+        assert (tokens_of(root, made, "val") == tokens_of(tmp_path / "whole", whole, "val")).all()
+    assert round > 5, "it was hardly cut off"
+
+
+def test_a_shard_that_lost_what_was_saved_is_not_filled_up_with_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptcore.prepare.BATCH_CHARACTERS", 500)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path, "d", made_up(stop_at=30), "bytes", val_fraction=0.3)
+    os.truncate(tmp_path / ".d.preparing" / "train-00000.bin", 1100)
+    with pytest.raises(AssertionError, match=r"train-00000\.bin lost its end; remove .*preparing to begin anew"):
+        prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3)
+
+
 def test_an_equal_dataset_is_not_made_again(tmp_path: Path) -> None:
     first = prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3)
     stamp = (tmp_path / "d" / first.train.shards[0].file).stat().st_mtime_ns
@@ -98,6 +145,10 @@ def test_max_tokens_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("gptcore.prepare.BATCH_CHARACTERS", 500)
     dataset = prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3, max_tokens=2000)
     assert 2000 <= dataset.train.tokens < 3500
+    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr("gptcore.prepare._shard", interrupt)  # all tokens are there by then
+        prepare(tmp_path / "cut", "d", made_up(), "bytes", val_fraction=0.3, max_tokens=2000)
+    assert prepare(tmp_path / "cut", "d", made_up(), "bytes", val_fraction=0.3, max_tokens=2000) == dataset
 
 
 def test_a_source_with_nothing_for_validation_is_refused(tmp_path: Path) -> None:
@@ -166,6 +217,7 @@ def test_a_row_without_the_field_is_named_by_file_and_line(tmp_path: Path) -> No
         ("rows.jsonl.gz", r"rows\.jsonl\.gz cannot be read as UTF-8 text: Not a gzipped file"),
         ("short.jsonl.gz", r"short\.jsonl\.gz cannot be read as UTF-8 text: Compressed file ended"),
         ("rows.parquet", r"rows\.parquet is no Parquet file: "),
+        ("my.text", r"my\.text cannot be read as UTF-8 text: .*invalid start byte; unpack or convert it first"),
     ],
 )
 def test_a_file_of_another_format_or_a_damaged_one_is_named(tmp_path: Path, name: str, said: str) -> None:
@@ -175,6 +227,59 @@ def test_a_file_of_another_format_or_a_damaged_one_is_named(tmp_path: Path, name
         path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-9])
     with pytest.raises(ValueError, match=said):
         list(local_files(path.name.split(".")[1], [path], "text").read(0))
+
+
+def test_wide_characters_that_pass_for_utf8_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "wide.txt").write_text("Hello", encoding="utf-16-le")
+    with pytest.raises(ValueError, match=r"wide\.txt is not plain text: it holds characters of number 0"):
+        list(text_files([tmp_path / "wide.txt"]).read(0))
+
+
+def test_a_mark_in_front_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "my.txt").write_text("text", encoding="utf-8-sig")
+    (tmp_path / "rows.jsonl").write_text('{"text": "text"}\n\n{"text": null}\n', encoding="utf-8-sig")
+    assert [document.text for document in text_files([tmp_path / "my.txt"]).read(0)] == ["text"]
+    found = [(document.name, document.text) for document in jsonl_files([tmp_path / "rows.jsonl"], "text").read(0)]
+    assert found == [("rows.jsonl:1", "text"), ("rows.jsonl:3", "")]
+
+
+@pytest.mark.parametrize(("values", "kind"), [([b"caf\xc3"], "binary"), ([["a"]], "list"), ([1], "int64")])
+def test_a_column_that_holds_no_text_is_refused(tmp_path: Path, values: list[object], kind: str) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
+    with pytest.raises(ValueError, match=f"column 'text' holds {kind}.*, not text"):
+        list(parquet_files([path], "text").read(0))
+
+
+def test_another_column_or_format_of_a_file_is_other_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"a": f"one {i}", "b": f"two {i}"}) + "\n" for i in range(50)))
+    made = prepare(tmp_path / "d", "d", jsonl_files([path], "a"), "bytes", val_fraction=0.3)
+    for other in (jsonl_files([path], "b"), text_files([path])):
+        with pytest.raises(ValueError, match="dataset d exists"):
+            prepare(tmp_path / "d", "d", other, "bytes", val_fraction=0.3)
+    path_in_other_words = tmp_path / "d" / ".." / "rows.jsonl"
+    assert prepare(tmp_path / "d", "d", jsonl_files([path_in_other_words], "a"), "bytes", val_fraction=0.3) == made
+
+
+def test_files_of_one_name_in_several_folders_are_shared_out_to_both_splits(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / "books" / f"{number}" / "odd.txt").mkdir(parents=True)
+        (tmp_path / "books" / f"{number}" / "text.txt").write_text(f"text {number}")
+    (tmp_path / "books" / os.fsdecode(b"caf\xe9.txt")).write_text("a name that is not UTF-8")
+    made = prepare(tmp_path, "d", text_files([tmp_path / "books"]), "bytes", val_fraction=0.3)
+    assert made.train.documents + made.val.documents == 41 and made.val.documents > 3
+
+
+def test_a_small_text_is_enough_for_both_splits(tmp_path: Path) -> None:
+    (tmp_path / "my.txt").write_text("\n".join(f"line {i} {WORDS}" for i in range(1500)))
+    assert prepare(tmp_path, "d", text_files([tmp_path / "my.txt"]), "bytes", val_fraction=0.05).val.tokens > 1000
+
+
+def test_a_text_of_blanks_alone_is_tokenized() -> None:
+    tokenizer = load_tokenizer("gpt2")
+    for text in (" " * 3_000_000 + "x", "a\n" + "\n" * 2_000_000):
+        assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
 
 
 def test_a_row_without_text_is_an_empty_document(tmp_path: Path) -> None:
