@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from api.estimate import estimate
 from gptcore.native import native_class
-from gptcore.plan import Hardware, Plan, plan, refuse_another_shape, resolve
+from gptcore.plan import Hardware, Plan, plan, refuse_another_run, resolve
 from gptcore.rundir import RunDir
 from gptcore.spec import AnySpec, EvalSpec, InitSpec, PrepareSpec, PublishSpec, TrainSpec, children_of, refusal
 from worker.settings import Settings
@@ -91,11 +91,7 @@ def _check_init(spec: TrainSpec, init: InitSpec, settings: Settings) -> None:
         run = _run_with_weights(init.source, pointer, settings, exported_too=True)
     if run is not None and not (run.path / "config.json").exists():
         newest, step, _ = run.complete_checkpoints()[-1]
-        if init.optimizer and step >= spec.max_steps:
-            why = f"max_steps {spec.max_steps} is not beyond {init.source}'s step {step}; set more steps"
-            _refuse("/max_steps", why)
-        theirs = json.loads((newest / "state.json").read_text())["spec"]["model"]
-        refuse_another_shape(init.source, spec.model, {k: v for k, v in theirs.items() if k not in ("preset", "init")})
+        refuse_another_run(spec, init, json.loads((newest / "state.json").read_text())["spec"], step)
     elif init.optimizer:
         _refuse(pointer, f"{init.source} is a Hub folder, which has no optimiser state; leave optimizer out")
 

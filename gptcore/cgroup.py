@@ -18,8 +18,8 @@ def memory_bytes() -> int:
 
 def most_threads() -> int | None:
     """As many as may always run at once; None: no limit. More would all stand still together, over and over."""
-    found = [text.split() for text in _settings("cpu.max")]
-    found += zip(_settings("cpu.cfs_quota_us"), _settings("cpu.cfs_period_us"), strict=True)
+    found = [*zip(_settings("cpu.cfs_quota_us"), _settings("cpu.cfs_period_us"), strict=True)]
+    found += [(quota, period) for quota, period in map(str.split, _settings("cpu.max"))]
     shares = [int(quota) / int(period) for quota, period in found if quota.isdecimal()]
     return max(1, int(min(shares))) if shares else None
 

@@ -95,15 +95,14 @@ class Saver:
             self._report(saved)
 
     def amend(self, state: TrainState) -> None:
-        """Put a newer state beside the weights of the same step, once their save is done."""
+        """Put a newer state beside the weights of the same step, also an earlier attempt's, once their save is done."""
         self.wait()
-        path = self._folder(state.step) / "state.json"
-        if path.exists():
-            meta = json.loads(path.read_text()) | {"state": state.model_dump()}
-            write_atomically(path, json.dumps(meta))
+        for checkpoint in _of_step(self._run, state.step)[-1:]:
+            meta = checkpoint.meta() | {"state": state.model_dump()}
+            write_atomically(checkpoint.path / "state.json", json.dumps(meta))
 
-    def _folder(self, step: int) -> Path:
-        return self._run.checkpoints / f"step-{step:08d}-a{self._attempt:04d}"
+    def has(self, step: int) -> bool:
+        return bool(_of_step(self._run, step))
 
     def close(self) -> None:
         self.wait()
@@ -113,27 +112,29 @@ class Saver:
         self, step: int, meta: dict[str, Any], weights: dict[str, Tensor], moments: dict[str, Tensor], best: int | None
     ) -> Checkpointed:
         started = time.perf_counter()
-        final = self._folder(step)
+        final = self._run.checkpoints / f"step-{step:08d}-a{self._attempt:04d}"
         beside = final.with_name(f".{final.name}.writing")
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            _write_tensors(weights, beside / "model.safetensors")
-            _write_tensors(moments, beside / "optimizer.safetensors")
-            meta["sizes"] = {p.name: p.stat().st_size for p in sorted(beside.iterdir())}
-            (beside / "state.json").write_text(json.dumps(meta))
-            size = sum(p.stat().st_size for p in beside.iterdir())
-            for path in (*beside.iterdir(), beside):
-                _sync(path)
-            if final.exists():  # reached again after a rollback
-                shutil.rmtree(final)
-            beside.rename(final)
+            for left in final.parent.glob(".step-*.writing"):  # of an attempt that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            if final.exists():  # gone back to, so its tensors are these very ones
+                meta["sizes"] = Checkpoint(final, step, self._attempt).meta()["sizes"]
+                write_atomically(final / "state.json", json.dumps(meta))
+            else:
+                beside.mkdir(parents=True)
+                _write_tensors(weights, beside / "model.safetensors")
+                _write_tensors(moments, beside / "optimizer.safetensors")
+                meta["sizes"] = {p.name: p.stat().st_size for p in sorted(beside.iterdir())}
+                (beside / "state.json").write_text(json.dumps(meta))
+                for path in (*beside.iterdir(), beside):
+                    _sync(path)
+                beside.rename(final)
             _sync(final.parent)
             self._retire(best)
         except OSError:
             shutil.rmtree(beside, ignore_errors=True)
             raise
-        seconds = time.perf_counter() - started
+        size, seconds = sum(p.stat().st_size for p in final.iterdir()), time.perf_counter() - started
         return Checkpointed(step=step, path=str(final.relative_to(self._run.path)), bytes=size, seconds=seconds)
 
     def _retire(self, best: int | None) -> None:
@@ -172,5 +173,8 @@ def set_weights(model: torch.nn.Module, weights: dict[str, Tensor], dtype: torch
 
 def best_checkpoint(run: RunDir, state: TrainState) -> Checkpoint | None:
     """The one with the lowest validation loss; the newest of its step where attempts repeat it."""
-    of_step = [c for c in list_checkpoints(run) if c.step == state.best_step]
-    return of_step[-1] if of_step else None
+    return next(reversed(_of_step(run, state.best_step)), None)
+
+
+def _of_step(run: RunDir, step: int | None) -> list[Checkpoint]:
+    return [checkpoint for checkpoint in list_checkpoints(run) if checkpoint.step == step]

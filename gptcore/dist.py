@@ -13,6 +13,8 @@ import torch.distributed as c10d
 from torch import Tensor
 from torch.utils import deterministic
 
+from gptcore.spec import refusal
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
@@ -49,12 +51,15 @@ def start(device: str, threads: int | None = None) -> Dist:
 
     device: "auto", "cpu" or "cuda". On CPU the results are made repeatable: deterministic kernels
     and a fixed number of threads, OMP_NUM_THREADS by default (torchrun sets it to 1 unless it is set).
+    Raises SpecError.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise refusal("/resources/device", "device cuda is not here: torch sees no GPU; use auto or cpu")
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")  # TF32 where a product is not bf16 already

@@ -169,7 +169,8 @@ class GPT(nn.Module):
             if not isinstance(module, (nn.Linear, nn.Embedding)):
                 continue
             out = name.endswith((".o", ".down"))
-            if self.spec.init == "gpt2":
+            # a tied table is never as fan_in says: a head of zeros would be an input of zeros too, and learn nothing
+            if self.spec.init == "gpt2" or (self.spec.tie_embeddings and module.weight is self.wte.weight):
                 nn.init.normal_(module.weight, std=residual_std if out else 0.02)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=1.0)
@@ -202,7 +203,7 @@ class GPT(nn.Module):
             )  # fmt: skip
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, rope, use_reentrant=False)
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
                 x = block(x, rope, mask)
         return x if self.final_norm is None else self.final_norm(x)

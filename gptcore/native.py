@@ -58,6 +58,8 @@ def _shape_limits(name: str, model: ModelSpec) -> list[str]:
         limits.append('norm_placement "post" (it has "pre")')
     if name in ("GPT2LMHeadModel", "NanoChatForCausalLM") and model.head_dim * model.n_head != model.n_embd:
         limits.append(f"head_dim {model.head_dim} other than n_embd / n_head {model.n_embd / model.n_head:g}")
+    if name == "LlamaForCausalLM" and model.n_embd % model.n_head:
+        limits.append(f"n_head {model.n_head}, of which n_embd {model.n_embd} is no multiple")
     if name == "GPT2LMHeadModel" and model.n_kv_head != model.n_head:
         limits.append(f"n_kv_head {model.n_kv_head} other than n_head {model.n_head}")
     return limits

@@ -39,7 +39,8 @@ def lr_factor(step: int, optim: OptimSpec, max_steps: int) -> float:
 def set_lr(optimizers: Optimizers, step: int, optim: OptimSpec, max_steps: int) -> float:
     """Set every group's rate (and Muon's momentum) for update `step`; returns AdamW's base rate."""
     factor = lr_factor(step, optim, max_steps)
-    warmed = min(1.0, step / max(1, optim.muon_momentum_warmup_steps))
+    warmup_steps = optim.muon_momentum_warmup_steps
+    warmed = min(1.0, step / warmup_steps) if warmup_steps else 1.0
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"] = group["peak_lr"] * factor
         if "momentum" in group:
@@ -225,6 +226,5 @@ def load_optimizer_tensors(model: nn.Module, optimizers: Optimizers, dist: Dist,
                 if isinstance(optimizer, Muon) and optimizer.owner(index) != dist.rank:
                     continue
                 optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                    for key, value in saved[names[parameter]].items()
+                    key: value.to(parameter.device, copy=True) for key, value in saved[names[parameter]].items()
                 }

@@ -18,9 +18,9 @@ from torch import Tensor
 from gptcore.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
 from gptcore.export import VOCAB_TABLES
 from gptcore.native import CLASSES, config_fields, native_tensors
-from gptcore.plan import refuse_another_shape
+from gptcore.plan import refuse_another_run, refuse_another_shape
 from gptcore.rundir import RunDir
-from gptcore.spec import InitSpec, ModelSpec, refusal
+from gptcore.spec import InitSpec, ModelSpec, TrainSpec, refusal
 
 _HUB_PREFIX = "hf://"
 
@@ -33,22 +33,21 @@ class Origin:
     checkpoint: Checkpoint | None
 
 
-def load_origin(init: InitSpec, model: ModelSpec, runs: Path) -> Origin:
-    """What `init_from` names. Raises SpecError where it is not there or is of another shape."""
+def load_origin(spec: TrainSpec, init: InitSpec, runs: Path) -> Origin:
+    """What `init`, the spec's `init_from`, names. Raises SpecError where it is not there or is of another shape."""
     folder = locate(init.source, runs, "/init_from/source")
     if (folder / "config.json").is_file():
         if init.optimizer:
             raise _refusal(f"{init.source} is a Hub folder, which has no optimiser state; leave optimizer out")
         config = json.loads((folder / "config.json").read_text())
-        refuse_another_shape(init.source, model, fields_of_config(config))
-        return Origin(import_weights(model, _safetensors(folder)), None)
+        refuse_another_shape(init.source, spec.model, fields_of_config(config))
+        return Origin(import_weights(spec.model, _safetensors(folder)), None)
     checkpoints = list_checkpoints(RunDir(folder))
     if not checkpoints:
         raise _refusal(f"{init.source} has neither config.json nor a complete checkpoint in {folder}")
     newest = checkpoints[-1]
     chosen = newest if init.optimizer else best_checkpoint(RunDir(folder), newest.state()) or newest
-    theirs = chosen.meta()["spec"]["model"]
-    refuse_another_shape(init.source, model, {k: v for k, v in theirs.items() if k not in ("preset", "init")})
+    refuse_another_run(spec, init, chosen.meta()["spec"], chosen.step)
     return Origin(chosen.weights(), chosen if init.optimizer else None)
 
 

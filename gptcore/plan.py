@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from gptcore.dataset import VOCAB_SIZES, tokenizer_of
 from gptcore.native import native_class
-from gptcore.spec import ModelSpec, Problem, SpecError, TrainSpec, refusal
+from gptcore.spec import InitSpec, ModelSpec, Problem, SpecError, TrainSpec, refusal
 
 # dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name found in the device's wins
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -99,12 +99,25 @@ def resolve(spec: TrainSpec, datasets: Path) -> TrainSpec:
     return spec.model_copy(update={"model": model})
 
 
-def refuse_another_shape(source: str, model: ModelSpec, theirs: Mapping[str, Any]) -> None:
-    """Raises SpecError naming every field in which the model that `init_from` names differs from ours."""
-    ours = model.model_dump()
-    differing = [f"{key} is {theirs[key]!r} there, {ours[key]!r} here" for key in theirs if theirs[key] != ours[key]]
+def refuse_another_shape(
+    source: str, model: ModelSpec, theirs: Mapping[str, Any], pointer: str = "/init_from/source"
+) -> None:
+    """Raises SpecError naming every field in which the model that stands in `source` differs from ours."""
+    ours, shape = model.model_dump(), theirs.keys() - {"preset", "init"}
+    differing = [f"{k} is {theirs[k]!r} there, {ours[k]!r} here" for k in sorted(shape) if theirs[k] != ours[k]]
     if differing:
-        raise refusal("/init_from/source", f"{source} is a model of another shape: {'; '.join(differing)}")
+        raise refusal(pointer, f"{source} is a model of another shape: {'; '.join(differing)}; set them as there")
+
+
+def refuse_another_run(spec: TrainSpec, init: InitSpec, theirs: Mapping[str, Any], step: int) -> None:
+    """Raises SpecError where a run's checkpoint of `step` cannot be what `init` asks for; `theirs`: that run's spec."""
+    refuse_another_shape(init.source, spec.model, theirs["model"])
+    if init.optimizer and (name := theirs["optim"]["name"]) != spec.optim.name:
+        why = f"name {spec.optim.name!r} has no use for the optimiser state of {init.source}, which is {name}'s"
+        raise refusal("/optim/name", f"{why}; set {name}, or leave init_from.optimizer out")
+    if init.optimizer and step >= spec.max_steps:
+        why = f"max_steps {spec.max_steps} is not beyond {init.source}'s step {step}; set more steps"
+        raise refusal("/max_steps", why)
 
 
 def count_parameters(model: ModelSpec) -> Parameters:
@@ -201,9 +214,8 @@ def _micro_batch_size(spec: TrainSpec, hardware: Hardware) -> tuple[int, Problem
         return asked, None
     sequences = spec.tokens_per_step // unit
     cap = GPU_MICRO_BATCH_TOKENS if hardware.device == "cuda" else CPU_MICRO_BATCH_TOKENS
-    for size in (n for n in range(sequences, 0, -1) if sequences % n == 0):
-        fits = hardware.memory_bytes is None or peak_memory_bytes(spec, size) < 0.9 * hardware.memory_bytes
-        if size * block_size <= cap and fits:
+    for size in (n for n in range(min(sequences, max(1, cap // block_size)), 0, -1) if sequences % n == 0):
+        if hardware.memory_bytes is None or peak_memory_bytes(spec, size) < 0.9 * hardware.memory_bytes:
             return size, None
     return 1, None
 

@@ -47,7 +47,7 @@ def _fill_derived(fields: dict[str, Any]) -> dict[str, Any]:
     fields.setdefault("n_kv_head", n_head)
     if "head_dim" not in fields:
         if n_embd % n_head:
-            divisors = [h for h in range(1, n_embd + 1) if n_embd % h == 0]
+            divisors = [h for h in range(1, min(n_embd, 512) + 1) if n_embd % h == 0]
             near = sorted(divisors, key=lambda h: abs(h - n_head))[:3]
             raise ValueError(
                 f"n_embd {n_embd} is not divisible by n_head {n_head}; "

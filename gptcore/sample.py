@@ -7,6 +7,8 @@ import torch
 from gptcore.model import GPT
 from gptcore.tokenizer import Tokenizer
 
+LEAST_TEMPERATURE = 1e-3  # the likeliest token each time; what logits are divided by must not overflow them
+
 
 @torch.no_grad()
 def sample(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, temperature: float, seed: int) -> str:
@@ -20,8 +22,8 @@ def sample(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, tempe
     written: list[int] = []
     while len(written) < max_tokens:
         window = torch.tensor([tokens[-model.spec.block_size :]], device=device)
-        logits = model.head(model.hidden(window)[0, -1])  # (vocab_size,)
-        if temperature == 0:
+        logits = model.head(model.hidden(window)[0, -1])[: tokenizer.vocab_size]  # the model's may be larger
+        if temperature < LEAST_TEMPERATURE:
             token = int(logits.argmax())
         else:
             chances = torch.softmax(logits / temperature, dim=-1)

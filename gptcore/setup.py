@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,14 +50,19 @@ def main(argv: list[str] | None = None) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     try:
-        spec = read_spec(arguments.spec or RunDir(arguments.run_dir).spec)
-        if not isinstance(spec, TrainSpec):
-            raise refusal("/kind", f"{spec.kind} is no job for the trainer; use train")
-        if arguments.spec is not None:
-            spec = resolve(spec, datasets_root())
+        _run(arguments)
     except SpecError as error:
         print(*(f"{p.pointer}: {p.message}" for p in error.problems), sep="\n", file=sys.stderr)  # noqa: T201
         return 2
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    spec = read_spec(arguments.spec or RunDir(arguments.run_dir).spec)
+    if not isinstance(spec, TrainSpec):
+        raise refusal("/kind", f"{spec.kind} is no job for the trainer; use train")
+    if arguments.spec is not None:
+        spec = resolve(spec, datasets_root())
     rank = int(os.environ.get("RANK", 0))
     run, attempt = _claim(arguments, spec, rank)
     with shared(attempt.lock):
@@ -67,7 +73,6 @@ def main(argv: list[str] | None = None) -> int:
             preflight(dist, report)
             build(spec, dataset, dist, run, attempt, report).train()
         close()
-    return 0
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -85,7 +90,9 @@ def _claim(arguments: argparse.Namespace, spec: TrainSpec, rank: int) -> tuple[R
     """The run directory and this attempt's folder in it, which rank 0 makes where none is named."""
     started_by = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun: the same for all ranks
     if arguments.spec is not None:
-        run = RunDir(runs_root() / f"{spec.name}-{time.strftime('%Y%m%d')}-{started_by}")
+        # in containers one number is every first process's
+        moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(psutil.Process(started_by).create_time()))
+        run = RunDir(runs_root() / f"{spec.name}-{moment}-{started_by}")
     else:
         run = RunDir(arguments.run_dir.absolute())
     if arguments.attempt is not None:
@@ -115,9 +122,10 @@ def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: A
     train_windows, val = (Windows(folder, split, block_size) for split in (dataset.train, dataset.val))
     _need_windows(spec, dataset, train_windows, val)
     hardware = devices.hardware(dist)
-    planned = plan(_as_before(_on_these_ranks(spec, dist), run), hardware)
+    settled = _as_before(_on_these_ranks(spec, dist), run)
+    planned = plan(settled, hardware)
     assert planned.world_size == dist.world_size
-    precision = devices.resolve_precision(spec.precision, dist.device)
+    precision = devices.resolve_precision(settled.precision, dist.device)
     compiled, notice = devices.resolve_compile(spec, dist.device, planned.total_flops / dist.world_size)
     if notice:
         report(Notice(level="warning", message=notice))
@@ -178,15 +186,14 @@ def _on_these_ranks(spec: TrainSpec, dist: Dist) -> TrainSpec:
 
 
 def _as_before(spec: TrainSpec, run: RunDir) -> TrainSpec:
-    """The spec with the micro-batch that a checkpoint of as many ranks was trained with: an "auto"
-    found anew on another machine would change the sums."""
+    """The spec with the precision of the newest checkpoint, and its micro-batch where as many ranks made it: an
+    "auto" found anew on another machine would change the sums."""
     checkpoints = list_checkpoints(run)
-    if spec.micro_batch_size != "auto" or not checkpoints:
+    if not checkpoints:
         return spec
     meta = checkpoints[-1].meta()
-    if meta["world_size"] != spec.world_size:
-        return spec
-    return spec.model_copy(update={"micro_batch_size": meta["micro_batch_size"]})
+    before = ["precision", *(["micro_batch_size"] if meta["world_size"] == spec.world_size else [])]
+    return spec.model_copy(update={name: meta[name] for name in before if getattr(spec, name) == "auto"})
 
 
 def _started(

@@ -138,7 +138,7 @@ class ModelSpec(Spec):
     logit_softcap: float | None = Field(None, gt=0)
     tie_embeddings: bool = True
     init: Literal["gpt2", "fan_in"] = Field(
-        "gpt2", description="gpt2: N(0, 0.02); fan_in: 1/sqrt(inputs), zero output projections"
+        "gpt2", description="gpt2: N(0, 0.02), also of tied tables; fan_in: 1/sqrt(inputs), zero output projections"
     )
 
     @model_validator(mode="before")
@@ -177,14 +177,14 @@ class OptimSpec(Spec):
     lr: float = Field(gt=0, lt=10, description="peak learning rate of AdamW")
     min_lr: float = Field(0.0, ge=0, description="where the schedule ends, on lr's scale")
     warmup_steps: int = Field(0, ge=0)
-    warmup_from: float = Field(0.0, ge=0, le=1, description="share of lr at step 0")
+    warmup_from: float = Field(0.0, ge=0, le=1, description="share of lr that the warm-up rises from")
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     cooldown_fraction: float = Field(0.2, gt=0, le=1, description="wsd: last share of the steps")
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, ge=1e-30, description="what is less is nothing in float32")
     embed_lr: float | None = Field(None, gt=0, description="of token and position tables; unset: lr")
     head_lr: float | None = Field(None, gt=0, description="of an untied output matrix; unset: lr")
     muon_lr: float = Field(0.02, gt=0, description="muon: of the hidden matrices")
@@ -266,7 +266,7 @@ class TrainSpec(JobBase):
     data: DataSpec
     optim: OptimSpec
     max_steps: int = Field(ge=1, le=100_000_000, description="optimiser updates")
-    tokens_per_step: int = Field(ge=8, description="tokens of one update, over all ranks")
+    tokens_per_step: int = Field(ge=8, le=2**40, description="tokens of one update, over all ranks")
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="sequences per rank per forward pass"
     )

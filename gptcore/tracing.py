@@ -22,7 +22,11 @@ class Tracer:
 
     def after(self, step: int) -> bool:
         """Call with the number of the step just run; True once the trace has been written."""
-        if self._profile is None or self._steps is None or step < self._steps[1]:
+        return self._steps is not None and step >= self._steps[1] and self.close()
+
+    def close(self) -> bool:
+        """End a trace under way; whether there was one."""
+        if self._profile is None:
             return False
         self._profile.__exit__(None, None, None)
         self.path.parent.mkdir(exist_ok=True)

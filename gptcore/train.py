@@ -6,6 +6,7 @@ reads top to bottom in `Trainer.step`. An attempt's last event says how it ended
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from dataclasses import dataclass, field
@@ -28,11 +29,11 @@ from gptcore.model import GPT
 from gptcore.native import native_class
 from gptcore.optim import Optimizers, load_optimizer_tensors, optimizer_tensors, set_lr, update
 from gptcore.origin import load_origin
-from gptcore.plan import Plan
+from gptcore.plan import Plan, refuse_another_shape
 from gptcore.rundir import Attempt, RunDir
 from gptcore.sample import sample
 from gptcore.scorer import score_ours
-from gptcore.spec import Problem, SpecError, TrainSpec
+from gptcore.spec import TrainSpec, refusal
 from gptcore.state import TrainState
 from gptcore.tokenizer import load_tokenizer
 from gptcore.tracing import Tracer
@@ -125,6 +126,7 @@ class Trainer:
                     self._sample()
                 self.saver.poll()
         finally:
+            self.tracer.close()  # also one whose last step never came
             self._close_batches()
         return None
 
@@ -252,15 +254,16 @@ class Trainer:
         init = self.spec.init_from
         if init is None:
             return
-        origin = load_origin(init, self.spec.model, self.run.path.parent)
+        origin = load_origin(self.spec, init, self.run.path.parent)
         set_weights(self.model, origin.weights)
         if origin.checkpoint is not None:
-            if origin.checkpoint.step >= self.spec.max_steps:
-                message = f"max_steps {self.spec.max_steps} is not beyond {init.source}'s step {origin.checkpoint.step}"
-                raise SpecError([Problem(pointer="/max_steps", message=f"{message}; set more steps")])
             load_optimizer_tensors(self.model, self.optimizers, self.dist, origin.checkpoint.optimizer())
             # the best so far lies in the other run's directory, so this one looks for its own
-            fresh = {"best_val_loss": None, "best_step": None, "evaluation_owed": False, "score_owed": False}
+            fresh: dict[str, Any] = {
+                "best_val_loss": None, "best_step": None, "evaluation_owed": False, "score_owed": False
+            }  # fmt: skip
+            if origin.checkpoint.meta()["spec"]["data"] != self.spec.data.model_dump():
+                fresh |= {"losses": [], "grad_norms": []}  # of other text: ours may be harder
             self.state = origin.checkpoint.state().model_copy(update=fresh)
         self.report(events.Notice(message=f"weights of {init.source}, going on from step {self.state.step}"))
 
@@ -270,12 +273,11 @@ class Trainer:
         return newest
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        meta = checkpoint.meta()
-        ours, theirs = self.spec.model.model_dump(), meta["spec"]["model"]
-        differing = [f"{k} {theirs[k]!r}, now {ours[k]!r}" for k in ours if ours[k] != theirs.get(k)]
-        if differing:
-            message = f"{checkpoint.path.name} is of another model: {'; '.join(differing)}; start a new job"
-            raise SpecError([Problem(pointer="/model", message=message)])
+        meta, tokens = checkpoint.meta(), self.dataset.sha256
+        refuse_another_shape(checkpoint.path.name, self.spec.model, meta["spec"]["model"], "/model")
+        if meta.get("dataset_sha256", tokens) != tokens:
+            why = f"dataset {self.dataset.name} holds other tokens than {checkpoint.path.name} was trained on"
+            raise refusal("/data/dataset", f"{why}; bring those back, or start a new job with init_from")
         set_weights(self.model, checkpoint.weights())
         load_optimizer_tensors(self.model, self.optimizers, self.dist, checkpoint.optimizer())
         self.state = checkpoint.state()
@@ -303,7 +305,10 @@ class Trainer:
         began, state = time.perf_counter(), self.state
         asked = self.spec.evaluate.eval_tokens
         val_loss = validation_loss(self._loss, self.val, asked, self.planned.micro_batch_size, self.dist)
-        best = state.best_val_loss is None or val_loss < state.best_val_loss
+        self.saver.wait()
+        # weights that were not saved, the disk being full, are of no use as the best
+        best = math.isfinite(val_loss) and (not self.dist.first or self.saver.has(state.step))
+        best = best and (state.best_val_loss is None or val_loss < state.best_val_loss)
         if best:
             state.best_val_loss, state.best_step = val_loss, state.step
         state.evaluation_owed = False
@@ -354,7 +359,7 @@ class Trainer:
             return
         self._phase("evaluating")
         tokenizer = load_tokenizer(self.dataset.tokenizer)
-        seed = self.spec.seed * 1_000_003 + self.state.step
+        seed = (self.spec.seed * 1_000_003 + self.state.step) % 2**63
         with self._autocast():
             text = sample(self.model, tokenizer, asked.prompt, asked.max_tokens, asked.temperature, seed)
         self.report(events.Sampled(step=self.state.step, prompt=asked.prompt, text=text))
@@ -373,7 +378,7 @@ class Trainer:
             self.state.probe_loss = self._probe_loss()
             shape = {
                 "world_size": self.dist.world_size, "micro_batch_size": self.planned.micro_batch_size,
-                "threads": torch.get_num_threads(), "precision": self.precision, "compiled": self.compiled,
+                "precision": self.precision, "dataset_sha256": self.dataset.sha256,
             }  # fmt: skip
             self.saver.save(self.state, dict(self.model.named_parameters()), moments, shape)  # a tied one once
         self._phase("training")
@@ -383,14 +388,14 @@ class Trainer:
         name, reason = native_class(self.spec.model)
         if not self.dist.first:
             return
-        if name is None:
+        checkpoint = best_checkpoint(self.run, self.state)
+        if name is None or checkpoint is None:
+            reason = reason or "no validation loss was a finite number"
             self.report(events.Notice(level="warning", message=f"not exported: {reason}"))
             return
         self._phase("exporting")
-        checkpoint = best_checkpoint(self.run, self.state)
-        assert checkpoint is not None and self.state.best_step is not None
         export_model(self.run.export, self.spec.model, checkpoint.weights(), self.dataset.tokenizer)
-        self.report(events.Exported(step=self.state.best_step, path=self.run.export.name, native_class=name))
+        self.report(events.Exported(step=checkpoint.step, path=self.run.export.name, native_class=name))
 
     def _report_step(
         self, began: float, train_loss: float, lr: float, grad_norm: float, data_wait_seconds: float

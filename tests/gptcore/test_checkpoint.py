@@ -19,8 +19,8 @@ class Saves:
         self.reported: list[EventBase] = []
         self.saver = Saver(self.run, tiny_spec(checkpoint={"keep": keep}), attempt, self.reported.append)
 
-    def save(self, step: int, best_step: int | None = None, **extra: Any) -> None:
-        state = TrainState(step=step, best_step=best_step)
+    def save(self, step: int, best_step: int | None = None, position: int = 0, **extra: Any) -> None:
+        state = TrainState(step=step, best_step=best_step, position=position)
         self.saver.save(state, {"w": torch.full((1000,), float(step))}, {"w|m": torch.zeros(1000)}, extra)
 
     def steps(self) -> list[int]:
@@ -94,3 +94,34 @@ def test_what_an_evaluation_finds_is_put_beside_the_same_weights(tmp_path: Path)
     [checkpoint] = list_checkpoints(saves.run)
     assert checkpoint.state().best_val_loss == 1.5
     assert checkpoint.weights()["w"][0] == 5
+
+
+def test_a_later_attempt_too_says_what_its_evaluation_found(tmp_path: Path) -> None:
+    first = Saves(tmp_path)
+    first.save(5)
+    first.saver.close()
+    again = Saves(tmp_path, attempt=2)
+    again.saver.amend(TrainState(step=5, best_step=5, best_val_loss=1.5))
+    again.saver.close()
+    [checkpoint] = list_checkpoints(again.run)
+    assert (checkpoint.attempt, checkpoint.state().best_val_loss) == (1, 1.5)
+
+
+def test_a_step_gone_back_to_keeps_its_tensors_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saves = Saves(tmp_path, keep=1)
+    saves.save(5)
+    saves.saver.wait()
+    monkeypatch.setattr("gptcore.checkpoint.save_file", None)  # a kill while they are written would leave nothing
+    saves.save(5, position=77)
+    saves.saver.close()
+    [checkpoint] = list_checkpoints(saves.run)
+    assert (checkpoint.state().position, checkpoint.weights()["w"][0]) == (77, 5)
+
+
+def test_what_a_killed_attempt_was_writing_is_cleared_away(tmp_path: Path) -> None:
+    saves = Saves(tmp_path, attempt=2)
+    left = saves.run.checkpoints / ".step-00000003-a0001.writing"
+    left.mkdir(parents=True)
+    saves.save(4)
+    saves.saver.close()
+    assert saves.steps() == [4] and not left.exists()

@@ -1,5 +1,6 @@
 """What the run does when something harms it: bad batches, a full disk."""
 
+import json
 import math
 import os
 import subprocess
@@ -9,17 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+import gptcore.checkpoint
 from gptcore import guard
 from gptcore.checkpoint import list_checkpoints
 from gptcore.dataset import read_dataset
 from gptcore.dist import Dist
-from gptcore.events import Finished, Notice, RolledBack, Skipped, Step
+from gptcore.events import Evaluated, Exported, Finished, Notice, Resumed, RolledBack, Skipped, Started, Step
 from gptcore.failure import Diverged
 from gptcore.plan import resolve
 from gptcore.rundir import RunDir
 from gptcore.setup import build
-from gptcore.spec import TrainSpec
+from gptcore.spec import SpecError, TrainSpec
 from gptcore.train import Trainer
 from tests.gptcore.conftest import Trainers, tiny_spec
 
@@ -114,6 +117,48 @@ def test_rollbacks_are_capped_and_the_way_out_is_named(harmed: Harmed) -> None:
     with pytest.raises(Diverged, match=r"after 3 rollbacks; lower lr"):
         harmed.attempt({step * PER_STEP: math.nan for step in range(10, 500)})
     assert len(harmed.of_type(RolledBack)) == guard.MAX_ROLLBACKS
+
+
+def test_the_best_weights_are_some_that_were_saved(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    really, saves = gptcore.checkpoint.save_file, 0
+
+    def on_a_disk_full_for_a_while(*given: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves > 2 * 2:  # two files each: after steps 5 and 10
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        really(*given)
+
+    monkeypatch.setattr("gptcore.checkpoint.save_file", on_a_disk_full_for_a_while)
+    with pytest.raises(OSError, match="No space left"):  # the last one is not to be lost
+        harmed.attempt({})
+    assert [(e.step, e.best) for e in harmed.of_type(Evaluated)] == [(10, True), (20, False), (30, False)]
+    monkeypatch.setattr("gptcore.checkpoint.save_file", really)
+    assert harmed.attempt({}).state.best_step == 40
+    assert [e.step for e in harmed.of_type(Exported)] == [40]
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptcore.train.validation_loss", lambda *_: math.nan)
+    assert harmed.attempt({}).state.best_step is None
+    assert "not exported: no validation loss was a finite number" in [e.message for e in harmed.of_type(Notice)]
+
+
+def test_a_resume_keeps_the_precision_of_its_checkpoint(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    harmed.spec = harmed.spec.model_copy(update={"precision": "auto"})
+    for bf16_here in (False, True):  # the second attempt is on another machine
+        monkeypatch.setattr("gptcore.device._cpu_has_bf16", lambda here=bf16_here: here)
+        harmed.attempt({}, stop_after=20)
+    assert [e.precision for e in harmed.of_type(Started)] == ["fp32", "fp32"]
+    assert [e.difference for e in harmed.of_type(Resumed)] == [0.0]
+
+
+def test_a_resume_on_other_tokens_is_refused(harmed: Harmed) -> None:
+    harmed.attempt({}, stop_after=20)
+    state = list_checkpoints(harmed.run)[-1].path / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"dataset_sha256": "another"}))
+    with pytest.raises(SpecError, match="/data/dataset: dataset small holds other tokens than step-00000021-a0001"):
+        harmed.attempt({})
 
 
 def test_a_full_disk_ends_the_save_and_leaves_the_older_checkpoint_whole(train: Trainers, tmp_path: Path) -> None:

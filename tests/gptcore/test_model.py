@@ -24,6 +24,18 @@ def test_the_loss_at_the_start_is_that_of_guessing(family: str) -> None:
     assert GPT(spec)(*batch(spec)).item() == pytest.approx(math.log(96), abs=0.25)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_at_the_start_is_that_of_guessing_with_zero_projections(tied: bool) -> None:
+    spec = tiny_model("nanochat", tie_embeddings=tied)
+    assert spec.init == "fan_in"
+    torch.manual_seed(0)
+    model = GPT(spec)
+    loss = model(*batch(spec))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(96), abs=0.25)
+    assert sum(p.grad.norm().item() for p in model.parameters() if p.grad is not None) > 0.01
+
+
 @families
 @pytest.mark.parametrize("placement", ["pre", "post"])
 def test_a_token_changes_no_logits_before_it(family: str, placement: str) -> None:
@@ -132,6 +144,8 @@ def test_activation_checkpointing_changes_no_gradient(family: str) -> None:
     saving.load_state_dict(plain.state_dict())
     data = batch(plain.spec)
     assert_equal_gradients(gradients(plain, plain, data), gradients(saving, saving, data), 1e-6)
+    positions, mask = torch.arange(32).expand(2, 32), torch.eye(32, dtype=torch.bool).expand(2, 1, 32, 32)
+    assert torch.equal(saving.hidden(data[0], positions, mask), plain.hidden(data[0], positions, mask))
 
 
 @families

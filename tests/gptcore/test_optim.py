@@ -9,6 +9,7 @@ from gptcore.model import GPT
 from gptcore.optim import (
     Muon,
     build_optimizers,
+    load_optimizer_tensors,
     lr_factor,
     optimizer_tensors,
     orthogonalise,
@@ -62,6 +63,25 @@ def test_groups_keep_their_own_rates_and_muons_momentum_warms_up() -> None:
     assert optimizers[1].param_groups[0]["momentum"] == 0.85
     set_lr(optimizers, 300, optim, 1000)
     assert optimizers[1].param_groups[0]["momentum"] == pytest.approx(0.95)
+
+
+def test_without_a_warm_up_muons_momentum_is_there_from_the_first_step() -> None:
+    optim = OptimSpec(name="muon", lr=0.1, muon_momentum=0.9, muon_momentum_warmup_steps=0)
+    optimizers = build_optimizers(GPT(tiny_model("llama")), optim, ALONE)
+    set_lr(optimizers, 0, optim, 10)
+    assert optimizers[1].param_groups[0]["momentum"] == 0.9
+
+
+def test_every_state_is_restored_to_where_its_parameter_lies() -> None:
+    model = GPT(tiny_model("llama"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)).backward()
+    optimizer.step()
+    saved = optimizer_tensors(model, [optimizer], ALONE)
+    elsewhere = GPT(model.spec).to("meta")
+    optimizer = torch.optim.AdamW(elsewhere.parameters())
+    load_optimizer_tensors(elsewhere, [optimizer], ALONE, saved)
+    assert {tensor.device.type for state in optimizer.state.values() for tensor in state.values()} == {"meta"}
 
 
 def test_muon_takes_the_steps_of_torchs_own() -> None:

@@ -5,13 +5,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gptcore.checkpoint import list_checkpoints
 from gptcore.events import Evaluated, Failed, Finished, Notice, Step
 from gptcore.export import native_weights
 from gptcore.model import GPT
 from gptcore.native import native_config
 from gptcore.origin import load_origin
-from gptcore.spec import InitSpec, ModelSpec, SpecError
+from gptcore.prepare import prepare
+from gptcore.sources import text_files
+from gptcore.spec import InitSpec, ModelSpec, SpecError, TrainSpec
 from tests.gptcore.conftest import FAMILIES, Trainers, tiny_model, tiny_spec
+
+
+def of_model(spec: ModelSpec) -> TrainSpec:
+    return tiny_spec().model_copy(update={"model": spec})
 
 
 def saved_by_transformers(spec: ModelSpec, folder: Path) -> Any:
@@ -30,7 +37,7 @@ def saved_by_transformers(spec: ModelSpec, folder: Path) -> Any:
 def test_import_and_export_give_the_same_tensors_and_logits(tmp_path: Path, family: str, tied: bool) -> None:
     spec = tiny_model(family, tie_embeddings=tied, vocab_size=256)
     native = saved_by_transformers(spec, tmp_path / "theirs")
-    origin = load_origin(InitSpec(source="theirs"), spec, tmp_path)
+    origin = load_origin(of_model(spec), InitSpec(source="theirs"), tmp_path)
     ours = GPT(spec)
     ours.load_state_dict(origin.weights, strict=False)
     tokens = torch.randint(0, 256, (2, 64))
@@ -45,7 +52,7 @@ def test_import_and_export_give_the_same_tensors_and_logits(tmp_path: Path, fami
 
 def refused(init: InitSpec, spec: ModelSpec, runs: Path) -> str:
     with pytest.raises(SpecError) as caught:
-        load_origin(init, spec, runs)
+        load_origin(of_model(spec), init, runs)
     [problem] = caught.value.problems
     assert problem.pointer == "/init_from/source"
     return problem.message
@@ -74,6 +81,16 @@ def test_a_run_is_extended_with_its_optimiser_as_if_it_had_never_ended(train: Tr
     assert more.losses() == {step: loss for step, loss in long.losses().items() if step > 20}
 
 
+def test_a_run_extended_on_other_text_is_not_judged_by_the_losses_of_the_old(train: Trainers, tmp_path: Path) -> None:
+    (tmp_path / "digits.txt").write_text("".join(f"{i * 7919 % 1000}\n" for i in range(20_000)))
+    prepare(train.home / "datasets", "digits", text_files([tmp_path / "digits.txt"]), "bytes", val_fraction=0.2)
+    train(tiny_spec(max_steps=10), "first")
+    for dataset, losses in (("small", 15), ("digits", 5)):
+        init = {"source": "first", "optimizer": True}
+        more = train(tiny_spec(max_steps=15, data={"dataset": dataset}, init_from=init), dataset)
+        assert len(list_checkpoints(more.run)[-1].state().losses) == losses
+
+
 def test_a_branch_starts_from_the_weights_alone(train: Trainers) -> None:
     first = train(tiny_spec(), "first")
     branch = train(tiny_spec(init_from={"source": "first"}, max_steps=10), "branch")
@@ -92,7 +109,19 @@ def test_extending_to_no_more_steps_is_refused(train: Trainers) -> None:
     assert not again.of_type(Evaluated)
 
 
-def test_traced_steps_leave_a_file(train: Trainers) -> None:
-    done = train(tiny_spec(max_steps=5, profile_steps=[2, 3]))
+def test_state_of_another_optimiser_is_refused(train: Trainers) -> None:
+    train(tiny_spec(max_steps=10), "first")
+    muon = {"name": "muon", "lr": 0.003}
+    again = train(tiny_spec(optim=muon, init_from={"source": "first", "optimizer": True}), "again")
+    failed = list(again.run.events())[-1]
+    assert isinstance(failed, Failed) and failed.reason == "user_error"
+    assert "/optim/name: name 'muon' has no use for the optimiser state of first, which is adamw's" in failed.message
+    assert again.returncode == 2
+
+
+@pytest.mark.parametrize("last", [3, 100], ids=["within", "beyond the end"])
+def test_traced_steps_leave_a_file(train: Trainers, last: int) -> None:
+    done = train(tiny_spec(max_steps=5, profile_steps=[2, last]))
+    assert done.returncode == 0
     [trace] = (done.run.path / "profile").iterdir()
     assert "ProfilerStep" in trace.read_text() or "aten::" in trace.read_text()

@@ -106,6 +106,17 @@ def test_an_unknown_dataset_is_refused_with_how_to_make_it(tmp_path: Path) -> No
         resolve(tiny_spec(data={"dataset": "mine"}), tmp_path)
 
 
+def test_huge_numbers_are_planned_or_refused_at_once() -> None:
+    began = time.monotonic()
+    assert (
+        plan(tiny_spec(tokens_per_step=2**40, model=tiny_model("llama").model_dump()), Hardware()).micro_batch_size > 1
+    )
+    for changes in ({"tokens_per_step": 32 * 10**400}, {"model": {"n_embd": 10**12 + 1, "n_head": 7, "n_layer": 1}}):
+        with pytest.raises(SpecError):
+            tiny_spec(**changes)
+    assert time.monotonic() - began < 1
+
+
 def test_auto_micro_batch_divides_the_ranks_share_and_fits() -> None:
     for ranks in (1, 2, 4):
         spec = tiny_spec(resources={"ranks_per_node": ranks}, tokens_per_step=32 * 4 * 6)

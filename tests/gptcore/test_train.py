@@ -2,6 +2,8 @@ import hashlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -211,7 +213,38 @@ def test_a_resume_with_a_changed_model_is_refused_saying_what_differs(train: Tra
     failed = list(changed.run.events())[-1]
     assert isinstance(failed, Failed)
     assert failed.reason == "user_error"
-    assert "n_layer 2, now 3" in failed.message
+    assert "n_layer is 2 there, 3 here" in failed.message
+
+
+def test_a_larger_vocabulary_or_seed_and_no_temperature_are_sampled(train: Trainers) -> None:
+    model = {"preset": "llama-tiny", "block_size": 32, "n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 600}
+    sampling = {"every_steps": 1, "max_tokens": 200}
+    spec = tiny_spec(max_steps=2, model=model, seed=2**62, sample=sampling)
+    assert len(train(spec, "hot").of_type(Sampled)) == 2
+    cold = tiny_spec(max_steps=2, model=model, sample=sampling | {"temperature": 1e-40})
+    assert len(train(cold, "cold").of_type(Sampled)) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tokens_per_step": 100}, "/tokens_per_step: tokens_per_step 100 is not a multiple"),
+        ({"resources": {"device": "cuda"}}, "/resources/device: device cuda is not here: torch sees no GPU"),
+    ],
+)
+def test_a_spec_that_cannot_run_is_refused_in_a_line(
+    train: Trainers, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    if "resources" in changes and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    (tmp_path / "spec.json").write_text(tiny_spec(**changes).model_dump_json())
+    command = [sys.executable, "-m", "gptcore.train", "--spec", str(tmp_path / "spec.json")]
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "datasets").symlink_to(train.home / "datasets")
+    done = subprocess.run(command, env=os.environ | {"TRAINMASTER_HOME": str(home)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(said)
 
 
 def test_a_rank_that_is_killed_ends_all_and_is_named(train: Trainers) -> None:
