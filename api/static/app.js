@@ -13,11 +13,14 @@ const path = (id, rest = "") => `/jobs/${encodeURIComponent(id)}${rest}`;
 
 // ---- saying things
 
-/* Says at the top of the page what does not work; with no text, that all is well again. */
-function complain(text = "") {
-  const banner = byId("connection");
-  if (banner.textContent !== text) banner.textContent = text;
-  banner.hidden = !text;
+const troubles = { poll: "", action: "" };
+
+/* Says at the top of the page what does not work; with no text, that it does again. An action's stays until the next. */
+function complain(what, text = "") {
+  troubles[what] = text;
+  const shown = troubles.poll || troubles.action;
+  fill(byId("connection"), shown);
+  byId("connection").hidden = !shown;
 }
 
 /* For those who hear the page. */
@@ -28,7 +31,9 @@ function tell(text) {
 // ---- numbers and times for people
 
 const count = (number) => Math.round(number).toLocaleString("en");
-const loss = (number) => (number == null ? "–" : number.toFixed(number < 10 ? 3 : 1));
+// what is no finite number comes as null, "NaN" or "Infinity"
+const fixed = (number, digits) => (number == null ? "–" : Number(number).toFixed(digits));
+const loss = (number) => fixed(number, number < 10 ? 3 : 1);
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 
 function duration(seconds) {
@@ -54,7 +59,7 @@ function statusText(job) {
 }
 
 function showStatus(pill, job) {
-  pill.textContent = statusText(job);
+  fill(pill, statusText(job));
   pill.dataset.status = job.status;
 }
 
@@ -63,6 +68,13 @@ function element(name, className = "", ...children) {
   made.className = className;
   made.append(...children); // strings become text
   return made;
+}
+
+/* Gives a node these children; one that has their like already keeps its own, and with them selection and focus. */
+function fill(node, ...children) {
+  const wanted = node.cloneNode();
+  wanted.append(...children);
+  if (!wanted.isEqualNode(node)) node.replaceChildren(...wanted.childNodes);
 }
 
 // ---- the list of runs
@@ -111,19 +123,18 @@ class Row {
           : "–";
     this.created.textContent = moment(job.created_at);
     for (const cell of [this.speed, this.left, this.loss]) cell.classList.toggle("none", cell.textContent === "–" || !cell.textContent);
-    this.drawCurve(job);
   }
 
   async drawCurve(job) {
     const now = `${job.step} ${job.status}`;
     if (this.seen === now || job.kind !== "train") return;
-    this.seen = now;
     const { series } = await ask(path(this.id, "/metrics?keys=train_loss&keys=val_loss&max_points=80"));
     const [train, val] = [Curve.from(series.train_loss), Curve.from(series.val_loss)];
     drawSparkline(this.spark, train);
     const best = job.best_checkpoint ? element("span", "quiet", ` val ${loss(job.best_checkpoint.val_loss)}`) : "";
     this.loss.replaceChildren(loss(train.last ?? val.last), best);
     this.loss.classList.toggle("none", train.last == null);
+    this.seen = now;
   }
 }
 
@@ -147,7 +158,7 @@ async function refreshList() {
   byId("runs").hidden = !jobs.length;
   byId("empty").hidden = jobs.length > 0;
   byId("older").hidden = !more;
-  document.title = "Trainmaster";
+  await Promise.all(jobs.map((job) => list.rows.get(job.id).drawCurve(job)));
 }
 
 async function recentJobs(pages) {
@@ -199,9 +210,9 @@ class RunView {
     this.stream = null; // what stops it; null: poll() opens one
     this.drawn = true;
     for (const chart of Object.values(charts)) chart.clear();
+    byId("run-view").classList.add("unknown");
     byId("run-title").textContent = "";
-    byId("figures").replaceChildren();
-    byId("results-card").hidden = byId("samples-card").hidden = true;
+    byId("samples-card").hidden = true;
     this.sampled = 0; // how often, by the steps made
     byId("job-link").href = path(id);
     byId("metrics-link").href = path(id, "/metrics");
@@ -210,16 +221,16 @@ class RunView {
 
   /* All there is so far, then each event as it comes. */
   async open() {
-    this.close();
     const answer = await ask(path(this.id, `/metrics?max_points=${CURVE_POINTS}&keys=${CURVES.join("&keys=")}`));
     if (view !== this) return;
     this.curves = Object.fromEntries(CURVES.map((key) => [key, Curve.from(answer.series[key])]));
     this.draw();
-    if (ENDED.includes(this.job.status)) return;
+    if (document.hidden || ENDED.includes(this.job.status)) return;
     this.follow(answer.last_event_id);
   }
 
   async follow(after) {
+    this.close(); // two polls at a time open one each
     const stream = (this.stream = new AbortController());
     try {
       await follow(path(this.id, `/metrics?after=${after}`), stream.signal, (type, event) => {
@@ -257,17 +268,19 @@ class RunView {
 
   showJob() {
     const { job } = this;
+    byId("run-view").classList.remove("unknown");
     document.title = `${job.name} · ${job.status} · Trainmaster`;
-    byId("run-title").textContent = job.name;
-    byId("run-id").textContent = job.id;
-    byId("run-labels").replaceChildren(
+    fill(byId("run-title"), job.name);
+    fill(byId("run-id"), job.id);
+    fill(
+      byId("run-labels"),
       ...Object.entries(job.labels).map(([key, value]) => element("span", "label", `${key}=${value}`)),
     );
     showStatus(byId("run-status"), job);
-    byId("run-reason").textContent = job.error ? "" : job.status_reason;
+    fill(byId("run-reason"), job.error ? "" : job.status_reason);
     const parent = element("a", "", `about ${job.parent_job_id}`);
     parent.href = `#${job.parent_job_id}`;
-    byId("run-parent").replaceChildren(job.parent_job_id ? parent : "");
+    fill(byId("run-parent"), job.parent_job_id ? parent : "");
     const pause = byId("pause");
     pause.hidden = ENDED.includes(job.status) && !canGoOn(job);
     pause.disabled = ["pausing", "cancelling"].includes(job.status);
@@ -277,15 +290,16 @@ class RunView {
     cancel.hidden = ENDED.includes(job.status);
     cancel.disabled = job.status === "cancelling";
     byId("run-progress").value = job.progress;
-    byId("run-steps").textContent = job.total_steps
-      ? `step ${count(job.step)} of ${count(job.total_steps)}`
-      : `${Math.round(100 * job.progress)} %`;
+    fill(
+      byId("run-steps"),
+      job.total_steps ? `step ${count(job.step)} of ${count(job.total_steps)}` : `${Math.round(100 * job.progress)} %`,
+    );
     byId("run-error").hidden = !job.error;
-    byId("error-message").textContent = job.error ? `${job.error.reason}: ${job.error.message}` : "";
-    byId("error-log").textContent = job.error?.log.join("\n") ?? "";
+    fill(byId("error-message"), job.error ? `${job.error.reason}: ${job.error.message}` : "");
+    fill(byId("error-log"), job.error?.log.join("\n") ?? "");
     byId("error-log").hidden = !job.error?.log.length;
     for (const part of document.querySelectorAll(".train-only")) part.hidden = job.kind !== "train";
-    byId("spec").textContent = JSON.stringify(job.spec, null, 2);
+    fill(byId("spec"), JSON.stringify(job.spec, null, 2));
     this.showFigures();
     this.showResults();
   }
@@ -318,7 +332,7 @@ class RunView {
       items.push(line(link, pill, ...outcome(job)));
     }
     byId("results-card").hidden = !items.length;
-    byId("results").replaceChildren(...items);
+    fill(byId("results"), ...items);
   }
 
   showFigures() {
@@ -340,7 +354,8 @@ class RunView {
         : ["Time left", job.eta_seconds == null ? "–" : duration(job.eta_seconds), ran === null ? "" : `${duration(ran)} so far`],
       ["Attempt", job.attempt || "–", job.nodes.map((node) => node.slot).join(", ")],
     ];
-    byId("figures").replaceChildren(
+    fill(
+      byId("figures"),
       ...figures.map(([what, value, more]) => {
         return element("div", "card", element("dt", "", what), element("dd", "", value, element("small", "quiet", more || "")));
       }),
@@ -380,7 +395,7 @@ function describe(id, text) {
 
 /* A job's results, by name, and where it published. */
 function outcome(job) {
-  const found = Object.entries(job.results).map(([name, value]) => element("span", "", `${name} ${value.toFixed(4)}`));
+  const found = Object.entries(job.results).map(([name, value]) => element("span", "", `${name} ${fixed(value, 4)}`));
   if (job.published?.url.startsWith("https://")) {
     const link = element("a", "", `${job.published.repo} at ${job.published.tag}`);
     link.href = job.published.url;
@@ -438,6 +453,7 @@ const keyDialog = byId("key-dialog");
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   setKey(byId("key").value.trim());
+  complain("action");
   byId("key").value = "";
   keyDialog.close();
   poll();
@@ -454,16 +470,17 @@ for (const link of document.querySelectorAll(".links a")) {
 
 let view = null; // a RunView, or null for the list
 
-async function attempt(action) {
+async function attempt(action, what = "action") {
   try {
     await action();
-    complain();
+    complain(what);
   } catch (error) {
     if (error instanceof Refused) {
-      complain(error.message);
+      complain(what, error.message);
       if (error.needsKey && !keyDialog.open) keyDialog.showModal();
-    } else if (error instanceof TypeError || error instanceof SyntaxError) complain("The server does not answer; trying again.");
-    else throw error;
+    } else if (error instanceof TypeError || error instanceof SyntaxError) {
+      complain(what, what === "poll" ? "The server does not answer; trying again." : "The server did not answer; try again.");
+    } else throw error;
   }
 }
 
@@ -473,20 +490,22 @@ async function poll() {
   clearTimeout(timer);
   if (!document.hidden) {
     const shown = view;
-    await attempt(() => Promise.all([shown ? shown.refresh() : refreshList(), refreshWorkers()]));
+    await attempt(() => Promise.all([shown ? shown.refresh() : refreshList(), refreshWorkers()]), "poll");
   }
   clearTimeout(timer);
   timer = setTimeout(poll, POLL_MILLISECONDS);
 }
 
 function route() {
-  const id = decodeURIComponent(location.hash.slice(1));
+  const id = location.hash.slice(1);
   view?.close();
   dialog.close();
   byId("list-view").hidden = Boolean(id);
   byId("run-view").hidden = !id;
   view = id ? new RunView(id) : null;
-  complain();
+  document.title = "Trainmaster";
+  complain("action");
+  complain("poll");
   poll();
 }
 
@@ -495,5 +514,6 @@ addEventListener("hashchange", () => {
   byId(view ? "run-title" : "list-title").focus();
   scrollTo(0, 0);
 });
-document.addEventListener("visibilitychange", () => document.hidden || poll());
+// a browser has six connections to a server: a tab that nobody sees keeps none
+document.addEventListener("visibilitychange", () => (document.hidden ? view?.close() : poll()));
 route();

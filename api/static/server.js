@@ -3,7 +3,6 @@
 export class Refused extends Error {
   constructor(problem) {
     super(problem.detail);
-    this.code = problem.code;
     this.needsKey = problem.status === 401;
   }
 }
@@ -15,7 +14,8 @@ export function setKey(key) {
 
 async function request(url, { headers, ...options } = {}) {
   const key = sessionStorage.getItem("key");
-  const authorization = key ? { Authorization: `Bearer ${key}` } : {};
+  // a header cannot carry every letter that someone may type; those of a real key stay as they are
+  const authorization = key ? { Authorization: `Bearer ${encodeURIComponent(key)}` } : {};
   const response = await fetch(url, { cache: "no-store", ...options, headers: { ...authorization, ...headers } });
   if (!response.ok) throw new Refused(await response.json());
   return response;

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Request, expect
 
 from gptcore.events import Sampled
 from gptcore.spec import parse_spec
@@ -44,6 +45,22 @@ def at_step(page: Page, number: int) -> None:
     expect(page.locator("#loss-chart")).to_have_attribute("aria-label", re.compile(f"At step {number}: "))
 
 
+def give_key(page: Page, key: str) -> None:
+    page.get_by_role("textbox", name="This server asks for").fill(key)
+    page.keyboard.press("Enter")
+
+
+def hide(page: Page, hidden: bool) -> None:
+    """As if another tab lay over this one: without a window no tab ever does."""
+    page.evaluate(
+        """hidden => {
+            Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+            document.dispatchEvent(new Event("visibilitychange"));
+        }""",
+        hidden,
+    )
+
+
 def test_the_list_shows_every_run_with_its_numbers(page: Page, server: Server, new_run: Callable[..., FakeRun]) -> None:
     failed, running = new_run(name="broken"), new_run(name="good")
     feed(failed, 1, 3)
@@ -62,6 +79,18 @@ def test_the_list_shows_every_run_with_its_numbers(page: Page, server: Server, n
     expect(rows.nth(2)).to_contain_text("failed")
     feed(running, 51, 60)
     expect(rows.nth(1)).to_contain_text("60 / 100")
+
+
+def test_a_curve_of_the_list_that_did_not_come_is_asked_for_again(
+    page: Page, server: Server, run: FakeRun, complaints: Complaints
+) -> None:
+    complaints.expected = "Failed to load resource: net::"
+    feed(run, 1, 5)
+    page.route("**/metrics?*", lambda route: route.abort(), times=1)
+    page.goto(server.url)
+    expect(page.locator("#connection")).to_contain_text("does not answer")
+    expect(page.locator("#runs polyline")).to_have_count(1)
+    expect(page.locator("#connection")).to_be_hidden()
 
 
 def test_a_curve_is_drawn_and_grows_as_steps_come(page: Page, server: Server, run: FakeRun) -> None:
@@ -137,6 +166,23 @@ def test_a_run_is_paused_and_resumed(page: Page, server: Server, run: FakeRun) -
     expect(page.locator("#run-status")).to_have_text("queued")
 
 
+def test_a_refusal_stands_until_the_next_action(
+    page: Page, server: Server, run: FakeRun, complaints: Complaints, redis_url: str
+) -> None:
+    complaints.expected = ".* status of 40[13]"
+    run.log_file.write_text("loss 2.5")
+    key = KeyRing(redis_url).create("me", "read")[1]
+    page.goto(f"{server.url}/#{run.id}")
+    give_key(page, key)
+    page.get_by_role("button", name="Pause").click()
+    expect(page.locator("#connection")).to_contain_text("this needs a key of scope submit")
+    feed(run, 1, 5)
+    expect(page.locator("#run-steps")).to_have_text("step 5 of 100")  # by a poll, which went well
+    expect(page.locator("#connection")).to_be_visible()
+    page.get_by_role("link", name="Log").click()
+    expect(page.locator("#connection")).to_be_hidden()
+
+
 def test_a_run_that_failed_goes_on_as_a_new_job(page: Page, server: Server, run: FakeRun, store: Store) -> None:
     feed(run, 1, 5)
     checkpoint = run.directory.checkpoints / "step-00000005-a0001"
@@ -176,6 +222,30 @@ def test_what_evaluations_found_and_the_model_wrote_stands_with_its_run(
     expect(page.locator("#run-title")).to_have_text("tiny")
 
 
+def test_what_is_no_finite_number_is_shown_so(page: Page, server: Server, run: FakeRun) -> None:
+    feed(run, 1, 5)
+    run.report(results={"score": math.nan})
+    page.goto(f"{server.url}/#{run.id}")
+    at_step(page, 5)
+    expect(page.locator("#results")).to_have_text(re.compile("score (–|NaN)"))
+    run.write(step(6, math.nan), evaluated(6, math.inf))
+    expect(page.locator("#news")).to_have_text("Step 6: validation loss Infinity")
+    at_step(page, 6)
+
+
+def test_what_a_reader_selected_and_focused_stays(page: Page, server: Server, run: FakeRun, store: Store) -> None:
+    spec = parse_spec({"kind": "eval", "name": "scores", "source": run.id, "tasks": ["hellaswag"]})
+    store.create_job(spec, None, parent_job_id=run.id)
+    page.goto(f"{server.url}/#{run.id}")
+    page.get_by_text("Spec", exact=True).click()
+    page.locator("#spec").select_text()
+    page.get_by_role("link", name="scores").focus()
+    feed(run, 1, 5)
+    expect(page.locator("#run-steps")).to_have_text("step 5 of 100")
+    expect(page.get_by_role("link", name="scores")).to_be_focused()
+    assert page.evaluate("getSelection().toString()") == page.locator("#spec").inner_text()
+
+
 def test_what_a_user_wrote_is_shown_and_never_run(page: Page, server: Server, new_run: Callable[..., FakeRun]) -> None:
     hostile = "<img src=x onerror=\"document.title='run'\"><script>document.title='run'</script>"
     run = new_run(labels={"note": hostile})
@@ -205,6 +275,30 @@ def test_the_curve_goes_on_after_the_server_was_away(
     at_step(page, 30)
 
 
+def test_a_run_is_open_in_more_tabs_than_a_browser_has_connections(page: Page, server: Server, run: FakeRun) -> None:
+    streams: set[Request] = set()
+    page.on("request", lambda request: streams.add(request) if "after=" in request.url else None)
+    page.on("requestfailed", lambda request: streams.discard(request))
+    feed(run, 1, 5)
+    tabs = [page, *(page.context.new_page() for _ in range(6))]
+    for tab in tabs:
+        tab.goto(f"{server.url}/#{run.id}")
+        at_step(tab, 5)
+        hide(tab, True)
+    feed(run, 6, 10)
+    for hidden in (False, True):
+        hide(page, hidden)
+    at_step(page, 10)
+    assert not streams
+    for hidden in (False, True, False):
+        hide(page, hidden)
+    for last in (11, 12):
+        feed(run, last, last)
+        at_step(page, last)
+    expect(page.locator("#run-steps")).to_have_text("step 12 of 100")  # by a poll, which would open what is missing
+    assert len(streams) == 1
+
+
 def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(
     page: Page, server: Server, run: FakeRun, complaints: Complaints, redis_url: str
 ) -> None:
@@ -213,9 +307,8 @@ def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(
     run.log_file.write_text("loss 2.5")
     text = KeyRing(redis_url).create("me", "submit")[1]
     page.goto(f"{server.url}/#{run.id}")
-    for key in ("tm_no_key", text):
-        page.get_by_role("textbox", name="This server asks for").fill(key)
-        page.keyboard.press("Enter")
+    for key in ("tm_no_key", "ключ", text):
+        give_key(page, key)
     at_step(page, 10)
     expect(page.locator("#key-dialog")).to_be_hidden()
     expect(page.locator("#connection")).to_be_hidden()
@@ -224,17 +317,27 @@ def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(
     with page.context.expect_page() as opened:
         page.get_by_role("link", name="Log").click()
     expect(opened.value.locator("body")).to_have_text("loss 2.5")
+    page.context.route(re.compile(r"^https://"), lambda route: route.abort())
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name="API").click()
+    opened.value.wait_for_url("**/docs")
+    assert opened.value.evaluate("sessionStorage.length") == 0
     page.reload()
     at_step(page, 20)
     assert page.evaluate("localStorage.length") == 0 and page.context.cookies() == []
 
 
-def test_a_run_that_is_not_there_is_said_so(page: Page, server: Server, complaints: Complaints) -> None:
+def test_a_run_that_is_not_there_is_said_so(page: Page, server: Server, run: FakeRun, complaints: Complaints) -> None:
     complaints.expected = ".* status of 404"
-    page.goto(f"{server.url}/#job-0")
-    expect(page.locator("#connection")).to_contain_text("there is no job 'job-0'")
+    for missing in ("job-0", "%"):
+        page.goto(f"{server.url}/#{run.id}")
+        expect(page.get_by_role("button", name="Cancel run")).to_be_visible()
+        page.goto(f"{server.url}/#{missing}")
+        expect(page.locator("#connection")).to_contain_text(f"there is no job '{missing}'")
+        expect(page).to_have_title("Trainmaster")
+        assert page.locator("#run-view").inner_text().strip() == "← All runs"
     page.get_by_role("link", name="All runs").click()
-    expect(page.locator("#empty")).to_be_visible()
+    expect(page.get_by_role("link", name="tiny")).to_be_visible()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
