@@ -19,7 +19,7 @@ def exclusive(path: Path) -> Iterator[None]:
 @contextmanager
 def shared(path: Path) -> Iterator[None]:
     """Hold `path` together with others; waits while one holds it alone."""
-    with path.open("a") as file:
+    with path.open("a+") as file:  # NFS shares a lock only where it may read
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 

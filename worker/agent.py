@@ -66,18 +66,16 @@ class Agent:
             signal.signal(signum, self._stop)
         for slot in self._node.slots:
             log.info("slot %s: %d %s", slot.id, slot.hardware.ranks, slot.hardware.device_name)
-        try:
-            self._adopt()
-            while not self._stopping:
-                self._keep_workers()
-                try:
-                    self._serve()
-                    self._note_redis(None)
-                except AWAY as error:
-                    self._note_redis(error)
-                    time.sleep(TICK_SECONDS)
-        finally:
-            self._end()
+        self._adopt()
+        while not self._stopping:
+            self._keep_workers()
+            try:
+                self._serve()
+                self._note_redis(None)
+            except AWAY as error:
+                self._note_redis(error)
+                time.sleep(TICK_SECONDS)
+        self._end()  # and of a fault of its own it leaves alone: the next agent takes the workers over
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self._stopping = True
@@ -94,6 +92,8 @@ class Agent:
 
     def _serve(self) -> None:
         """One look: be known, give up what is lost, place what waits, hand over, wait for a ring."""
+        if self._redis_away:  # it may have forgotten what it said last
+            self._store.hold_off()
         if self._doorbell is None:
             self._doorbell = self._store.doorbell()
             for what in self._store.weaknesses():
@@ -124,7 +124,8 @@ class Agent:
                 self._workers[slot.id] = worker
         for lock in slot_lock(self._settings, "").parent.glob(f"{self._node.id}-*.lock"):
             pid = lock.read_text().partition("\n")[0]
-            if lock.stem not in self._workers and pid.isdecimal() and is_held(lock):
+            ours = lock.stem.rpartition("-")[0] == self._node.id  # and not rig-2's, for rig
+            if ours and lock.stem not in self._workers and pid.isdecimal() and is_held(lock):
                 log.info("slot %s: its worker %s is of another life and ends", lock.stem, pid)
                 with suppress(psutil.NoSuchProcess):
                     psutil.Process(int(pid)).terminate()

@@ -24,7 +24,8 @@ TRANSITIONS: dict[Status, tuple[Status, ...]] = {
         "running", "queued", "recovering", "pausing", "paused", "cancelling",
         "succeeded", "failed", "cancelled",
     ),
-    "running": ("queued", "recovering", "pausing", "cancelling", "paused", "succeeded", "failed"),
+    # cancelled: its wish was forgotten by a Redis restored to an older state, and not by the launcher
+    "running": ("queued", "recovering", "pausing", "cancelling", "paused", "succeeded", "failed", "cancelled"),
     "recovering": ("starting", "paused", "cancelled", "failed"),
     "pausing": ("paused", "cancelling", "succeeded", "failed"),
     "paused": ("queued", "cancelled"),

@@ -17,6 +17,7 @@ KEYS = {
     "jobs": "trainmaster:jobs",  # zset: job id by its number, for lists
     "number": "trainmaster:number",  # counter behind those numbers
     "idempotency": "trainmaster:idempotency:",  # + key: hash of job and body's sha256, 24 h
+    "deleted": "trainmaster:deleted:",  # + id: a week long, for a launcher that was cut off and comes back
     "queue": "trainmaster:queue:",  # + pool: zset of waiting job ids by priority, then number
     "children": "trainmaster:children:",  # + id: set of the jobs that wait for that one's end
     "leases": "trainmaster:leases",  # zset: job id of an attempt under way by its lease's end

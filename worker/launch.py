@@ -29,7 +29,7 @@ from worker.member import BROKEN_SECONDS, Member
 from worker.place import node_address, runs_root_id, slot_lock
 from worker.record import job_of
 from worker.settings import Settings
-from worker.shipper import Shipper
+from worker.shipper import BATCH_EVENTS, Shipper
 from worker.store import CLAIM_SECONDS, Store, Superseded
 
 SHIP_SECONDS = 0.5  # at least between two shipments: each costs both sides half a millisecond
@@ -44,7 +44,7 @@ def run(job_id: str, attempt: int, node_rank: int, slot: str) -> None:
     store = Store(settings.redis_url, socket_timeout=2.0)
     ticket = Ticket(job_id=job_id, attempt=attempt, node_rank=node_rank, slot=slot)
     # for the agent, which ends launchers that hang
-    slot_lock(settings, slot).with_suffix(".ticket").write_text(f"{job_id} {attempt}")
+    write_atomically(slot_lock(settings, slot).with_suffix(".ticket"), f"{job_id} {attempt}")
     boot, root, give_up_at = f"{slot}:{os.getpid()}", runs_root_id(settings), time.monotonic() + CLAIM_SECONDS
     if not patiently(lambda: store.claim(ticket, boot, root), settings.grace_seconds, give_up_at):
         log.info("%s: the ticket is no longer good", ticket.id)
@@ -154,7 +154,7 @@ class Launcher:
             for attempt, _ in held_by_others:
                 if not attempt.stop.exists():
                     write_atomically(attempt.stop, "pause")
-            left = processes.leftovers(self._ticket, folders)
+            left = processes.leftovers(self._ticket, self._settings.home, folders)
             if not (held_by_others or left) or (told and time.monotonic() > kill_at + BROKEN_SECONDS):
                 return not told
             if time.monotonic() > kill_at:
@@ -164,7 +164,7 @@ class Launcher:
     # ---- during
 
     def _train(self, spec: AnySpec) -> None:
-        """Run the trainer to its end, all events shipped. Raises Superseded, the trainer stopped."""
+        """Run the trainer to its end, all events shipped. Raises Superseded and OSError, the trainer stopped."""
         meeting = f"{node_address(self._settings)} {trainer.free_port()}"
         if len(self._job.nodes) > 1:
             self._report(rendezvous=meeting)
@@ -178,8 +178,9 @@ class Launcher:
             self._returncode = tree.returncode or 0
             self._ship_all()
             self._await_members()
-        except Superseded:
-            self._pass_on("pause")
+        except (Superseded, OSError) as error:
+            if isinstance(error, Superseded):  # else the disk takes no word for the trainer
+                self._pass_on("pause")
             # without the others no rank gets as far as a checkpoint
             tree.end_within(BROKEN_SECONDS if len(self._job.nodes) > 1 else self._settings.grace_seconds)
             while tree.alive():
@@ -193,7 +194,7 @@ class Launcher:
             tree.end_within(self._settings.grace_seconds)
         if self._broken:
             tree.end_within(BROKEN_SECONDS)
-        if self._hung and self._pass_on("pause"):  # one that is only slow leaves with a checkpoint
+        if self._hung and not word and self._pass_on("pause"):  # one that is only slow leaves with a checkpoint
             tree.show_stacks()
             tree.end_within(self._settings.grace_seconds)
         if self._shipper.progress.outcome is not None:  # it said its last word
@@ -236,9 +237,10 @@ class Launcher:
         if (silent_seconds := time.monotonic() - self._ship_at) < 0:
             return
         with suppress(*AWAY, Superseded):  # the next renewal tells whether another attempt has the job
-            if self._shipper.send("running", self._ticket.slot, ran_seconds=self._ran_seconds()):
+            sent = self._shipper.send("running", self._ticket.slot, ran_seconds=self._ran_seconds())
+            if 0 < sent < BATCH_EVENTS:  # more waits behind a whole batch
                 self._ship_at = time.monotonic() + SHIP_SECONDS
-            else:
+            if not sent:
                 self._hung = self._hung or self._shipper.progress.hang(silent_seconds, self._settings.hang_seconds)
 
     def _ship_all(self) -> None:

@@ -41,7 +41,7 @@ class Member:
     def _clear_slot(self) -> bool:
         """Wait until nothing of another attempt lives in this slot; false when the attempt is over already."""
         kill_at = time.monotonic() + self._settings.grace_seconds
-        while left := processes.leftovers(self._ticket):
+        while left := processes.leftovers(self._ticket, self._settings.home):
             if self._over():
                 return False
             if time.monotonic() > kill_at:

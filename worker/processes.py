@@ -18,7 +18,7 @@ from worker.job import Ticket
 
 # in the environment of every process of an attempt: ranks are in sessions of their own, and once
 # torchrun is gone nothing else ties them together
-JOB, ATTEMPT, SLOT = "TRAINMASTER_JOB", "TRAINMASTER_ATTEMPT", "TRAINMASTER_SLOT"
+JOB, ATTEMPT, SLOT, HOME = "TRAINMASTER_JOB", "TRAINMASTER_ATTEMPT", "TRAINMASTER_SLOT", "TRAINMASTER_HOME"
 
 
 class Tree:
@@ -62,14 +62,12 @@ class Tree:
             self.end_within(self._grace_seconds)
             left = list(living(**self._marks))
         if time.monotonic() > self._kill_at:
-            if self._process.poll() is None:
-                self._process.kill()
             kill(*living(**self._marks))
         return bool(left) or self._process.poll() is None
 
 
 def living(**marks: str) -> Iterator[psutil.Process]:
-    """The processes on this machine that carry these marks: JOB, ATTEMPT or SLOT to their values."""
+    """The processes on this machine that carry these marks: JOB, ATTEMPT, SLOT or HOME to their values."""
     for process in psutil.process_iter():
         try:
             environment = process.environ()
@@ -79,9 +77,9 @@ def living(**marks: str) -> Iterator[psutil.Process]:
             continue
 
 
-def leftovers(ticket: Ticket, attempts: Iterable[Path] = ()) -> list[psutil.Process]:
+def leftovers(ticket: Ticket, home: Path, attempts: Iterable[Path] = ()) -> list[psutil.Process]:
     """What lives here of other attempts at the ticket's job (the folders `attempts`), or had its slot before."""
-    found = {*living(**{JOB: ticket.job_id}), *living(**{SLOT: ticket.slot})}
+    found = {*living(**{JOB: ticket.job_id}), *living(**{SLOT: ticket.slot, HOME: str(home)})}
     mine = living(**{JOB: ticket.job_id, ATTEMPT: str(ticket.attempt)})
     signed = [read_signature(path) for folder in attempts for path in folder.glob("launcher-*")]
     return [*(found - set(mine)), *(process for process in signed if process is not None)]

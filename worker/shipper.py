@@ -37,19 +37,21 @@ class Shipper:
         self.progress = Progress(total_steps)
         self.finished = False  # some attempt said so
 
-    def send(self, status: Status | None = None, who: str = "", **fields: Any) -> bool:
-        """Ship the next complete lines; whether there were any. Raises Superseded.
+    def send(self, status: Status | None = None, who: str = "", **fields: Any) -> int:
+        """Ship the next complete lines; how many there were, BATCH_EVENTS at most. Raises Superseded.
 
-        After an error the same lines are sent again, which changes nothing where they had arrived.
+        After an error the same lines are sent again, which changes nothing where they had arrived. A damaged line,
+        or one of a later version, is left to those who read the file.
         """
         if not self._known:
             self._begin(self._store.last_event(self._job_id))
         lines = self._next_lines()
-        if not lines:
-            return False
         fresh, number = [], self._attempts[0].number
         for _, line in lines:
-            event = parse_event(line)
+            try:
+                event = parse_event(line)
+            except ValueError:
+                continue
             changes = self.progress.take(event)
             self.finished |= isinstance(event, Finished)
             if (number, event.seq) > place(self._known):
@@ -59,10 +61,11 @@ class Shipper:
             newest = self._store.ship(self._job_id, self._holder, self._known, fresh, fields, who=who, status=status)
             if newest is not None:
                 self._begin(newest)
-                return True
+                return len(lines)
             self._known = fresh[-1][0]
-        self._offset = lines[-1][0]
-        return True
+        if lines:
+            self._offset = lines[-1][0]
+        return len(lines)
 
     def _begin(self, known: str) -> None:
         if place(known)[0] > self._holder:

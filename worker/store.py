@@ -330,6 +330,10 @@ class Store(Connected):
         """Give slots to waiting jobs, all that a job needs or none; how many jobs were placed."""
         return int(self._run("reserve", pool, CLAIM_SECONDS, FREEZE_SECONDS, LEASE_SECONDS))
 
+    def hold_off(self) -> None:
+        """Place nothing and give nothing up until who runs has had time to say so."""
+        self._redis.set(KEYS["hold"], self._now() + LEASE_SECONDS)
+
     def outbox(self) -> list[Ticket]:
         """Tickets reserved and not yet handed on, oldest first."""
         return [Ticket.model_validate_json(text) for text in self._redis.lrange(KEYS["outbox"], 0, -1)]

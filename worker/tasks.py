@@ -33,7 +33,7 @@ from worker.connection import AWAY, connect
 from worker.hold import TICK_SECONDS, draining
 from worker.job import JobError, Slot, Ticket
 from worker.place import agent_lock, slot_lock
-from worker.processes import SLOT, kill, living
+from worker.processes import HOME, SLOT, kill, living
 from worker.settings import Settings
 from worker.shipper import ship_rest
 from worker.store import Store, Superseded
@@ -137,7 +137,7 @@ class SlotWorker(Worker):
 def clear_slot(slot: str, settings: Settings, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Wait until no trainer lives in the slot; the kernel told it that its launcher died. Kills after the grace."""
     kill_at = time.monotonic() + settings.grace_seconds
-    while left := list(living(**{SLOT: slot})):
+    while left := list(living(**{SLOT: slot, HOME: str(settings.home)})):
         meanwhile()
         if time.monotonic() > kill_at:
             kill(*left)

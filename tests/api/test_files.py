@@ -19,9 +19,10 @@ from tests.api.server import FakeRun, evaluated, train_spec
 from tests.api.test_stream import stream
 from tests.conftest import status_changes
 from trainmaster import Client
+from worker.deletion import delete_job
 from worker.job import BestCheckpoint
 from worker.settings import Settings
-from worker.store import Store
+from worker.store import NotPossible, Store
 
 
 def save_checkpoint(run_dir: Path, step: int, attempt: int = 1, *, torn: bool = False) -> None:
@@ -121,6 +122,23 @@ def test_a_job_that_another_reads_from_stays_until_that_has_ended(
     http.post(f"/jobs/{child.id}/cancel")
     assert http.delete(f"/jobs/{run.id}").status_code == 204
     assert http.get(f"/jobs/{child.id}").json()["parent_job_id"] == run.id
+
+
+def test_files_are_back_where_a_job_that_reads_them_came_as_they_were_deleted(
+    run: FakeRun, store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.write(evaluated(1, 2.0))
+    run.end()
+    really = Path.rename
+
+    def slowly(path: Path, target: Path) -> Path:
+        store.create_job(parse_spec(train_spec(init_from={"source": run.id})), None)
+        return really(path, target)
+
+    monkeypatch.setattr(Path, "rename", slowly)
+    with pytest.raises(NotPossible, match="reads its files"):
+        delete_job(store, settings.runs, run.id)
+    assert (settings.runs / run.id / "attempts" / "0001" / "events.jsonl").exists()
 
 
 def test_a_late_repeat_of_a_deleted_jobs_submission_starts_nothing(http: httpx2.Client) -> None:

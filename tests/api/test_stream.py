@@ -22,6 +22,7 @@ from api import hub
 from gptcore.events import Notice
 from tests.api.server import FakeRun, Server, evaluated, step, train_spec
 from tests.conftest import wait_until
+from worker.keys import KEYS
 from worker.settings import Settings
 from worker.store import Store
 
@@ -137,6 +138,16 @@ def test_events_that_redis_keeps_no_longer_come_from_the_run_directory(
         first = every.index(after.partition(".")[0]) + 1 if after != "0-0" else 0
         assert steps == list(range(first + 1, first + 1 + len(steps)))
         assert len(page) == 300
+
+
+def test_a_run_that_redis_has_forgotten_is_told_from_its_files(http: httpx2.Client, run: FakeRun, store: Store) -> None:
+    run.write(*(step(i) for i in range(1, 6)))
+    run.end()
+    store._redis.delete(KEYS["events"] + run.id)  # as after a month
+    page = http.get(f"/jobs/{run.id}/events").json()["data"]
+    assert [event["step"] for event in page if event["type"] == "step"] == [1, 2, 3, 4, 5]
+    with stream(http, f"/jobs/{run.id}/events", **{"Last-Event-ID": "1-2"}) as messages:
+        assert [message.event for message in messages] == ["step", "step", "step", "end"]
 
 
 def test_pages_of_events_join_without_gap(http: httpx2.Client, run: FakeRun) -> None:

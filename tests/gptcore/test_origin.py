@@ -81,6 +81,7 @@ def test_a_run_is_extended_with_its_optimiser_as_if_it_had_never_ended(train: Tr
     assert more.losses() == {step: loss for step, loss in long.losses().items() if step > 20}
 
 
+@pytest.mark.slow
 def test_a_run_extended_on_other_text_is_not_judged_by_the_losses_of_the_old(train: Trainers, tmp_path: Path) -> None:
     (tmp_path / "digits.txt").write_text("".join(f"{i * 7919 % 1000}\n" for i in range(20_000)))
     prepare(train.home / "datasets", "digits", text_files([tmp_path / "digits.txt"]), "bytes", val_fraction=0.2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,7 @@ from tests.conftest import status_changes, wait_until
 from tests.worker.conftest import Worker, living, node, start, train_spec
 from tests.worker.fake_trainer import step_event
 from worker import trainer
+from worker.agent import Agent
 from worker.connection import AWAY
 from worker.hold import ASK_SECONDS, Hold
 from worker.job import Job, JobError, Ticket
@@ -221,6 +223,17 @@ def test_a_trainer_that_hangs_shows_where_and_is_followed_by_another_attempt(
     assert "fake_trainer.py" in log and "in main" in log
 
 
+@pytest.mark.slow
+def test_a_trainer_that_hangs_is_asked_once_to_leave(store: Store, fake: Settings, start_worker: StartWorker) -> None:
+    start_worker(replace(fake, hang_seconds=1.0))
+    job_id = submit(store, hangs="1")
+    attempt = RunDir(fake.runs / job_id).attempt(1)
+    wait_until(lambda: attempt.told() == "pause")
+    store.request_cancel(job_id)
+    assert ended(store, job_id).status == "cancelled"
+    assert attempt.log.read_text().count("in main") == 1
+
+
 def test_only_a_silence_far_longer_than_any_step_is_a_hang() -> None:
     progress = Progress(None)
     for event in (PhaseChanged(phase="training"), step_event(1).model_copy(update={"step_seconds": 2.0})):
@@ -230,6 +243,83 @@ def test_only_a_silence_far_longer_than_any_step_is_a_hang() -> None:
     assert progress.hang(41.0, 50.0) == ""
     progress.take(PhaseChanged(phase="evaluating"))
     assert progress.hang(1e6, 10.0) == ""
+
+
+def test_an_event_that_cannot_be_read_stops_nobody(store: Store, fake: Settings, start_worker: StartWorker) -> None:
+    worker = start_worker(fake)
+    (ours,) = wait_until(store.list_nodes)
+    store.set_schedulable(ours.id, False)
+    store.register_node(node("newer", 1).model_copy(update={"runs_root": ours.runs_root}))
+    job_id = submit(store)
+    ticket = wait_until(lambda: store.get_job(job_id).nodes and Ticket(job_id=job_id, attempt=1, node_rank=0, slot=""))
+    assert store.claim(ticket, "boot", ours.runs_root)
+    attempt = RunDir(fake.runs / job_id).claim_attempt()
+    of_later = '{"type": "averaged", "attempt": 1, "seq": 2, "time": "2026-11-26T00:00:00Z"}\n'
+    lines = [step_event(n).model_copy(update={"attempt": 1, "seq": n}).model_dump_json() + "\n" for n in (1, 4)]
+    attempt.events.write_text(lines[0] + of_later + "{damaged\n" + lines[1])
+    store.set_schedulable(ours.id, True)
+    store.retire_node("newer")  # and its launcher is never heard of again
+    store._redis.zadd(KEYS["leases"], {job_id: 1.0})
+    assert ended(store, job_id).status == "succeeded"
+    assert worker.process.poll() is None and "Traceback" not in worker.log()
+    assert [line + "\n" for line in shipped(store, job_id)[:2]] == lines
+
+
+def test_an_agent_at_fault_leaves_its_workers_to_the_next(fake: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault() -> None:
+        raise ZeroDivisionError
+
+    ended: list[str] = []
+    agent = Agent(fake)
+    for name, does in (("_keep_workers", lambda: None), ("_serve", fault), ("_end", lambda: ended.append("end"))):
+        monkeypatch.setattr(agent, name, does)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.raises(ZeroDivisionError):
+        agent.run()
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    assert ended == []
+
+
+@pytest.mark.slow
+def test_two_homes_on_one_machine_may_share_a_nodes_name(
+    store: Store, fake: Settings, start_worker: StartWorker, tmp_path: Path, redis_url: str
+) -> None:
+    named = replace(fake, node="box")
+    start_worker(named)
+    job_id = submit_long(store)
+    at_step(store, job_id, 3)
+    other = replace(named, home=tmp_path / "other", redis_url=redis_url[:-1] + "1")
+    longer = start_worker(replace(other, node="box-2"))  # nor may a name that begins alike
+    wait_until(lambda: (other.home / "slots" / "box-2-0.lock").exists())
+    start_worker(other)
+    at_step(store, job_id, 3 + round((fake.grace_seconds + 2) / 0.02))
+    assert store.get_job(job_id).attempt == 1
+    assert "of another life" not in longer.log()
+    store.request_cancel(job_id)
+    ended(store, job_id)
+
+
+def test_a_full_disk_leaves_no_process_of_a_job_that_is_cancelled(
+    store: Store, fake: Settings, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    disk = fake.runs
+    disk.mkdir(parents=True)
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]).returncode:
+        pytest.skip("a small disk can be mounted only by root")
+    try:
+        start_worker(fake)
+        job_id = submit(store, hangs="1", stubborn_child="yes")
+        at_step(store, job_id, 3)
+        with pytest.raises(OSError, match="No space left"), (disk / "full").open("wb", buffering=0) as full:
+            while True:
+                full.write(bytes(4096))
+        store.request_cancel(job_id)
+        assert ended(store, job_id).status == "cancelled"
+        assert living(job_id) == []
+    finally:
+        (disk / "full").unlink(missing_ok=True)
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_max_duration_ends_a_run_and_says_how_far_it_came(
@@ -387,6 +477,7 @@ def test_training_goes_on_while_redis_is_away(
     assert shipped(store, job_id) == written(fake, job_id)
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_redis_takes_no_writes(
     store: Store, fake: Settings, start_worker: StartWorker, redis_url: str
 ) -> None:

@@ -106,11 +106,22 @@ def test_priority_goes_before_age_and_a_small_job_passes_one_that_waits(store: S
 
 
 def test_a_job_that_waited_ten_minutes_lets_none_pass(store: Store) -> None:
+    for name in "ab":
+        store.register_node(node(name, 1))
+    start(store, submit(store))
+    wide = submit(store, resources={"nodes": 2})
+    submit(store)
+    store._redis.hset(KEYS["job"] + wide, "queued_at", store._now() - 601)
+    assert store.reserve("default") == 0
+
+
+def test_a_job_that_no_live_node_could_run_holds_up_nobody(store: Store) -> None:
     store.register_node(node("a", 1))
     too_large = submit(store, resources={"ranks_per_node": 4})
-    submit(store)
+    small = submit(store)
     store._redis.hset(KEYS["job"] + too_large, "queued_at", store._now() - 601)
-    assert store.reserve("default") == 0
+    assert store.reserve("default") == 1 and store.get_job(small).status == "starting"
+    assert "with 4 ranks of pool default, 0 live" in store.get_job(too_large).status_reason
 
 
 def test_concurrent_schedulers_never_give_a_slot_twice(store: Store, redis_url: str) -> None:
@@ -521,6 +532,16 @@ def test_children_run_one_after_the_other_whichever_way_the_first_ends(store: St
     start(store, second)
 
 
+def test_a_cancelled_child_waits_for_nobody(store: Store) -> None:
+    store.register_node(node("a", 1))
+    spec = parse_spec(train_spec())
+    parent = store.create_job(spec, None, children=[spec, spec])[0].id
+    second, _ = [job.id for job in store.list_jobs().data if job.parent_job_id == parent]
+    store.request_cancel(second)
+    store.finish(parent, start(store, parent).attempt, "succeeded", "", who="t", fields={})
+    assert store.get_job(second).status_reason == "cancelled before it started"
+
+
 def test_a_drained_node_takes_no_new_job(store: Store) -> None:
     store.register_node(node("a", 1))
     submit(store)
@@ -548,6 +569,64 @@ def test_a_run_goes_on_where_its_files_are(store: Store) -> None:
     store.register_node(node("c", 1).model_copy(update={"runs_root": "one"}))
     assert store.reserve("default") == 1
     assert store.get_job(job_id).nodes[0].node == "c" and store.get_job(wide).status == "queued"
+
+
+def test_a_node_without_the_runs_files_cannot_claim_it(store: Store) -> None:
+    store.register_node(node("a", 1))
+    job_id = submit(store)
+    assert store.reserve("default") == 1
+    assert store.claim(store.outbox()[0], "boot", "one")
+    store.lose(job_id, 1, 3, JobError(reason="exited", message="it died"), who="t")
+    assert store.reserve("default") == 0  # but two machines of one name may take turns in saying what they have
+    store._redis.hdel(KEYS["job"] + job_id, "root")
+    assert store.reserve("default") == 1
+    store._redis.hset(KEYS["job"] + job_id, "root", "one")
+    ticket = store.outbox()[-1]
+    assert not store.claim(ticket, "boot", "two") and store.claim(ticket, "boot", "one")
+
+
+def test_after_redis_was_away_nothing_is_placed_before_who_runs_could_say_so(store: Store) -> None:
+    store.register_node(node("a", 1))
+    submit(store)
+    store.hold_off()
+    assert store.reserve("default") == 0
+    store._redis.set(KEYS["hold"], store._now() - 0.1)
+    assert store.reserve("default") == 1
+
+
+def test_a_deleted_job_does_not_come_back_with_a_launcher_that_was_cut_off(store: Store) -> None:
+    store.register_node(node("a", 1))
+    job_id = submit(store)
+    start(store, job_id)
+    record = store.record(job_id)
+    let_leases_run_out(store)
+    assert store.lose_expired(3) == [job_id]
+    store.request_cancel(job_id)
+    store.delete_job(job_id)
+    assert not store.reassert(1, record, who="a-0")
+    with pytest.raises(JobNotFound):
+        store.get_job(job_id)
+
+
+def test_a_wish_that_only_the_launcher_remembers_ends_the_job(store: Store) -> None:
+    store.register_node(node("a", 1))
+    job_id = submit(store)
+    start(store, job_id)
+    record = store.record(job_id)
+    store.request_cancel(job_id)
+    store._redis.flushall()
+    assert store.reassert(1, record, who="a-0") and store.get_job(job_id).status == "running"
+    assert store.finish(job_id, 1, "cancelled", "cancelled on request", who="a-0", fields={}) == "cancelled"
+
+
+def test_what_an_ended_run_reported_leaves_redis_after_a_month(store: Store) -> None:
+    store.register_node(node("a", 1))
+    job_id = submit(store)
+    ticket = start(store, job_id)
+    store.ship(job_id, 1, "0-0", [("1-1", "{}")], {})
+    assert store._redis.ttl(KEYS["events"] + job_id) == -1
+    store.finish(job_id, ticket.attempt, "succeeded", "", who="t", fields={})
+    assert 29 * 86400 < store._redis.ttl(KEYS["events"] + job_id) <= 30 * 86400
 
 
 @pytest.mark.parametrize("forgotten", ["the attempt", "the job"])

@@ -4,6 +4,7 @@ local id, attempt, rank, boot, root, lease = unpack(ARGV)
 local job = K.job .. id
 local status, desired = unpack(redis.call('HMGET', job, 'status', 'desired'))
 if not holds(id, attempt) or desired or (status ~= 'starting' and status ~= 'running') then return 'refused' end
+if root ~= '' and (redis.call('HGET', job, 'root') or root) ~= root then return 'refused' end
 local claim = 'claim:' .. attempt .. ':' .. rank
 if redis.call('HSETNX', job, claim, boot) == 0 and redis.call('HGET', job, claim) ~= boot then return 'refused' end
 local time = now()

@@ -13,4 +13,5 @@ end
 if ARGV[2] == 'look' then return '' end
 redis.call('DEL', K.job .. id, K.events .. id, K.changes .. id, K.children .. id)
 redis.call('ZREM', K.jobs, id)
+redis.call('SET', K.deleted .. id, '', 'EX', 604800)
 return ''

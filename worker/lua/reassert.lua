@@ -3,6 +3,7 @@
 local id, attempt, who, lease = unpack(ARGV)
 local job, time = K.job .. id, now()
 local current, from = unpack(redis.call('HMGET', job, 'attempt', 'status'))
+if redis.call('EXISTS', K.deleted .. id) == 1 then return 0 end
 if current and (tonumber(current) >= tonumber(attempt) or TERMINAL[from]) then return 0 end
 if not current then
   local number = redis.call('INCR', K.number)

@@ -57,7 +57,7 @@ local function place(id, picks)
   redis.call('ZREM', K.queue .. pool, id)
 end
 
--- Says on a waiting job what it waits for, and since when that many were free.
+-- Says on a waiting job what it waits for, and since when that many were free → whether this pool could run it at all.
 local function explain(id, job)
   local free, live, elsewhere = 0, 0, 0
   for _, node in ipairs(nodes) do
@@ -77,6 +77,7 @@ local function explain(id, job)
     local clock = string.format('%02d:%02d', math.floor(time / 3600) % 24, math.floor(time / 60) % 60)
     redis.call('HSET', K.job .. id, 'status_reason', why .. ' since ' .. clock .. ' UTC')
   end
+  return live >= job.wanted
 end
 
 -- where nothing is free, those next in line still learn why they wait
@@ -90,9 +91,8 @@ for _, id in ipairs(redis.call('ZRANGE', K.queue .. pool, 0, any_free and -1 or 
     if picks then
       place(id, picks)
       placed = placed + 1
-    else
-      explain(id, job)
-      if time - queued_at > freeze_seconds then break end
+    elseif explain(id, job) and time - queued_at > freeze_seconds then
+      break
     end
   end
 end

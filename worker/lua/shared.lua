@@ -64,13 +64,14 @@ function move(id, to, who, why)
   note(id, from, to, who, why)
   if TERMINAL[to] then
     redis.call('HSET', job, 'finished_at', stamp(now()))
+    redis.call('EXPIRE', K.events .. id, 30 * 86400)  -- the run directory keeps them
     for _, child in ipairs(redis.call('SMEMBERS', K.children .. id)) do
       local follows, status = unpack(redis.call('HMGET', K.job .. child, 'follows', 'status'))
       local before = follows and follows ~= id and redis.call('HGET', K.job .. follows, 'status')
       redis.call('HDEL', K.job .. child, 'waits_for')
       if to ~= 'succeeded' and follows ~= id then
         move(child, 'cancelled', 'scheduler', 'its parent ' .. id .. ' ' .. (to == 'failed' and 'failed' or 'was cancelled'))
-      elseif before and not TERMINAL[before] then
+      elseif before and not TERMINAL[before] and not TERMINAL[status] then
         await(child, follows)
       elseif status == 'queued' then
         redis.call('HSET', K.job .. child, 'status_reason', '')
