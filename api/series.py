@@ -27,7 +27,7 @@ Key = Literal[
     "data_wait_seconds", "mfu", "mfu_causal", "peak_memory_bytes",
 ]  # fmt: skip
 # what evaluations name their results: hellaswag_acc_norm, lm_eval:arc_easy/acc@25
-ResultKey = Annotated[str, Field(pattern=r"^(hellaswag_|lm_eval:)")]
+ResultKey = Annotated[str, Field(pattern=r"^(hellaswag_|lm_eval:|(val_loss|bits_per_byte):)")]
 KEYS: tuple[Key, ...] = get_args(Key)
 EVENT_TYPES = ("step", "evaluated", "scored")  # those that carry values
 RUNS_KEPT = 32

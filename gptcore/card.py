@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +81,8 @@ def draw_loss(run: RunDir, path: Path) -> None:
 def _hardware(run: RunDir) -> tuple[str, float, str]:
     """What it ran on, the hours of all ranks in all attempts, and the versions of the last attempt."""
     hours, device, versions = 0.0, "", ""
-    for attempt in run.attempts():
-        events: list[Any] = [e for e in run.events() if getattr(e, "attempt", 0) == attempt.number]
+    by_attempt: Any = groupby(run.events(), key=attrgetter("attempt"))
+    for events in (list(group) for _, group in by_attempt):
         started = [e for e in events if isinstance(e, Started)]
         if started:
             first = started[0]
@@ -106,9 +108,11 @@ def _front_matter(spec: PublishSpec, subject: Trained, dataset: Dataset, scored:
             metric_type="loss", metric_value=round(subject.val_loss() or 0.0, 6), metric_name="validation loss",
         )
     )  # fmt: skip
+    origin = subject.spec.init_from.source if subject.spec.init_from else ""
+    base = origin.removeprefix("hf://").partition("@")[0] if origin.startswith("hf://") else None
     data = ModelCardData(
         license=spec.license, library_name="transformers", pipeline_tag="text-generation", tags=["trainmaster"],
-        model_name=name, eval_results=results,
+        model_name=name, eval_results=results, base_model=base,
     )  # fmt: skip
     return str(data.to_yaml())
 
@@ -138,6 +142,7 @@ def _card(spec: PublishSpec, subject: Trained, dataset: Dataset, scored: list[Sc
         for name, value in event.results.items():
             error = f" ± {event.stderr[name]:.4f}" if name in event.stderr else ""
             results.append((f"`{name}`", f"{value:.4f}{error} ({event.items} items)"))
+    began = f", beginning with the weights of {trained.init_from.source}" if trained.init_from else ""
     shards = [*dataset.val.shards, *dataset.train.shards]
     hashes = [(f"`{shard.file}`", f"{shard.tokens:,} tokens, sha256 `{shard.sha256}`") for shard in shards]
     more = f"\n`dataset.json` has all {len(shards)}.\n" if len(shards) > SHARDS_SHOWN else ""
@@ -147,7 +152,7 @@ def _card(spec: PublishSpec, subject: Trained, dataset: Dataset, scored: list[Sc
 
 # {spec.repo.partition("/")[2]}
 
-A GPT pretrained by Trainmaster on {dataset.source}; its best step was {state.step}.
+A GPT trained by Trainmaster on {dataset.source}{began}; the weights are those of step {state.step}.
 
 ```python
 from transformers import pipeline

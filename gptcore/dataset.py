@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
 from gptcore.presets import closest
-from gptcore.spec import refusal
+from gptcore.spec import SpecError, refusal
 
 Tokenizer = Literal["bytes", "gpt2"]
 MAGIC = 20240520
@@ -83,9 +84,12 @@ def read_dataset(root: Path, name: str) -> Dataset | None:
 
 
 def list_datasets(root: Path) -> list[Dataset]:
-    """Every prepared dataset, by name."""
-    names = sorted(p.parent.name for p in root.glob("[!.]*/dataset.json")) if root.is_dir() else []
-    return [d for name in names if (d := read_dataset(root, name)) is not None]
+    """Every prepared dataset, by name. A damaged one is left to who asks for it."""
+    found = []
+    for path in sorted(root.glob("[!.]*/dataset.json")):
+        with suppress(SpecError):
+            found.append(read_dataset(root, path.parent.name))
+    return [dataset for dataset in found if dataset is not None]
 
 
 def tokenizer_of(root: Path, name: str) -> Tokenizer:

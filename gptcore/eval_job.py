@@ -98,11 +98,14 @@ def _score_val_loss(spec: EvalSpec, subject: Trained | HubFolder, scorer: Scorer
         raise refusal("/dataset", f"dataset {name!r} is of the tokenizer {dataset.tokenizer}, the model of another")
     windows = Windows(datasets_root() / name, dataset.val, min(scorer.block_size, LONGEST_WINDOW)
                       if trained is None else scorer.block_size)  # fmt: skip
+    if not windows.count:
+        raise refusal("/dataset", f"no shard of dataset {name!r} to validate on holds {windows.block_size + 1} tokens")
     asked = spec.eval_tokens or (trained.evaluate.eval_tokens if trained else 10_485_760)
     val_loss = validation_loss(scorer.loss, windows, asked, max(1, scorer.most_tokens // windows.block_size), dist)
-    results = {"val_loss": val_loss, "bits_per_byte": bits_per_byte(val_loss, dataset.val)}
+    of = f":{name}" if trained and name != trained.data.dataset else ""
+    results = {f"val_loss{of}": val_loss, f"bits_per_byte{of}": bits_per_byte(val_loss, dataset.val)}
     count = val_windows(windows, asked)
-    return Scored(step=step, task="val_loss", results=results, items=count, seconds=time.perf_counter() - began)
+    return Scored(step=step, task=f"val_loss{of}", results=results, items=count, seconds=time.perf_counter() - began)
 
 
 # ---- lm-evaluation-harness

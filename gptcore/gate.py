@@ -29,6 +29,8 @@ VAL_LOSS_LIMIT = 1e-4
 LOGGED_LIMIT = 5e-3  # from the validation loss that training reported, often in bf16
 TIE = 1e-4  # nats a character between two endings that may pass for equally likely
 HELLASWAG_ITEMS = 200
+# every letter of many scripts, runs of blanks, numbers: what a tokenizer could take for something else
+PROBE = "".join(map(chr, range(1, 0x2000))) + " 你好 😀 I'll  say\n\n\t12,345 times: naïve"
 
 
 def device() -> torch.device:
@@ -37,11 +39,12 @@ def device() -> torch.device:
 
 @torch.no_grad()
 def look(scorer: Scorer, dataset_name: str, eval_tokens: int) -> dict[str, Tensor]:
-    """Logits of two texts, validation loss (), and HellaSwag's normalised scores (N, 4), N 0 without items."""
+    """Tokens of the probe, logits of two texts, validation loss (), and HellaSwag's normalised scores (N, 4), N 0
+    without items."""
     dataset = read_dataset(datasets_root(), dataset_name)
     assert dataset is not None, f"dataset {dataset_name} has gone"
     windows = Windows(datasets_root() / dataset_name, dataset.val, scorer.block_size)
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {"tokens": torch.tensor(scorer.encode(PROBE))}
     tokens = windows.read(np.array([0]))[0].to(scorer.device)
     for T in sorted({min(64, scorer.block_size), scorer.block_size}):
         columns = torch.arange(T, device=scorer.device)
@@ -79,6 +82,7 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], logged: float) -
         for name in ours
         if name.startswith("logits")
     }
+    found["tokens_differing"] = float(ours["tokens"].tolist() != theirs["tokens"].tolist()), 0
     found["val_loss_difference"] = abs(ours["val_loss"] - theirs["val_loss"]).item(), VAL_LOSS_LIMIT
     found["logged_val_loss_difference"] = abs(theirs["val_loss"].item() - logged), LOGGED_LIMIT
     found["hellaswag_items"] = len(ours["hellaswag"]), HELLASWAG_ITEMS

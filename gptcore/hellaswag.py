@@ -131,8 +131,9 @@ def harness_questions(
 
 def completion_questions(items: Sequence[Item], encode: Callable[[str], list[int]], eot: int) -> list[Question]:
     questions = []
+    start = len(encode(""))  # of what some put in front of every text, and belongs to the context alone
     for item in items:
-        endings = [encode(" " + ending) for ending in item["endings"]]
+        endings = [encode(" " + ending)[start:] for ending in item["endings"]]
         questions.append(Question(encode(item["ctx"]) or [eot], endings, [len(e) for e in endings], int(item["label"])))
     return questions
 
@@ -198,7 +199,7 @@ def score(
         _score_batch(batch, scorer, logprob)
     return Scores(
         dist.sum(logprob).cpu(),
-        torch.tensor([q.lengths for q in questions], dtype=torch.float64),
+        torch.tensor([q.lengths for q in questions], dtype=torch.float64).reshape(-1, ENDINGS),
         torch.tensor([q.label for q in questions]),
     )
 
@@ -247,7 +248,7 @@ def evaluate(
     if not examples:
         questions = completion_questions(items, scorer.encode, scorer.eot)
         results["hellaswag_completion"] = score(questions, scorer, dist, between).accuracy
-    stderr = {name: math.sqrt(p * (1 - p) / (len(items) - 1)) for name, p in results.items()}
+    stderr = {name: math.sqrt(p * (1 - p) / max(1, len(items) - 1)) for name, p in results.items()}
     seconds = time.perf_counter() - began
     task = f"hellaswag{suffix}"
     return Scored(step=step, task=task, results=results, stderr=stderr, items=len(items), seconds=seconds)

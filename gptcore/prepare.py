@@ -199,7 +199,7 @@ def _described(name: str, tokenizer: Tokenizer, source: str, splits: dict[str, S
 
 def _taken(root: Path, name: str) -> ValueError:
     """Runs may be training on it, and would resume on other data."""
-    way_out = f"use another name, or remove {root / name} first"
+    way_out = "use another name" + (f", or remove {root / name} first" if dataset_file(root, name).exists() else "")
     return ValueError(f"dataset {name} exists, made from other text or settings; {way_out}")
 
 

@@ -9,7 +9,7 @@ from gptcore.job_process import Process, run_job
 from gptcore.prepare import adopt_shards, prepare
 from gptcore.rundir import datasets_root
 from gptcore.sources import Source, hub_files, local_files
-from gptcore.spec import PrepareSpec, SourceSpec
+from gptcore.spec import PrepareSpec, SourceSpec, refusal
 
 REPORT_EVERY_SECONDS = 1.0
 
@@ -33,15 +33,18 @@ def _run(process: Process[PrepareSpec]) -> Finished:
             report(PhaseChanged(phase="preparing", message=said, progress=share))
 
     report(PhaseChanged(phase="preparing"))
-    if spec.source.format == "shards":
-        folder = datasets_root() / "sources" / spec.source.path
-        dataset = adopt_shards(datasets_root(), spec.dataset, folder, spec.tokenizer)
-    else:
-        dataset = prepare(
-            datasets_root(), spec.dataset, open_source(spec.source), spec.tokenizer,
-            val_fraction=spec.val_fraction, max_tokens=spec.max_tokens, shard_tokens=spec.shard_tokens,
-            progress=progress,
-        )  # fmt: skip
+    try:
+        if spec.source.format == "shards":
+            folder = datasets_root() / "sources" / spec.source.path
+            dataset = adopt_shards(datasets_root(), spec.dataset, folder, spec.tokenizer)
+        else:
+            dataset = prepare(
+                datasets_root(), spec.dataset, open_source(spec.source), spec.tokenizer,
+                val_fraction=spec.val_fraction, max_tokens=spec.max_tokens, shard_tokens=spec.shard_tokens,
+                progress=progress,
+            )  # fmt: skip
+    except (FileNotFoundError, ValueError) as error:  # which name what is wrong with the text
+        raise refusal("/source", str(error)) from error
     return Finished(tokens=dataset.train.tokens + dataset.val.tokens, seconds=time.monotonic() - began)
 
 

@@ -80,8 +80,8 @@ def _verify(process: Process[PublishSpec], subject: Trained) -> str:
     if problems:
         raise Mismatch(f"the export is not the model that was trained, nothing was uploaded: {'; '.join(problems)}")
     return (
-        f"logits within {gate.LOGITS_LIMIT:g} (relative to the largest, above 8), validation loss within "
-        f"{gate.VAL_LOSS_LIMIT:g}, the same choice on {numbers['hellaswag_items']:g} HellaSwag items"
+        f"the same tokens, logits within {gate.LOGITS_LIMIT:g} (relative to the largest, above 8), validation loss "
+        f"within {gate.VAL_LOSS_LIMIT:g}, the same choice on {numbers['hellaswag_items']:g} HellaSwag items"
     )
 
 
@@ -106,7 +106,13 @@ class _Hub:
         message = f"Step {step} of {self._process.spec.source}"
         self._patiently(lambda: self._api.create_repo(repo, private=private, exist_ok=True))
         folder = self._process.run.export
-        self._patiently(lambda: self._api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
+        # scores of an earlier model would stand beside this one's weights
+        stale = [".eval_results/hellaswag.yaml"]
+        self._patiently(
+            lambda: self._api.upload_folder(
+                repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=stale
+            )
+        )
         commit = str(self._patiently(lambda: self._api.model_info(repo)).sha)
         self._patiently(lambda: self._tag(tag, commit))
         url = f"{self._api.endpoint}/{repo}"

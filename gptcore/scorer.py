@@ -16,6 +16,7 @@ from gptcore.plan import LOSS_CHUNK_ELEMENTS
 from gptcore.tokenizer import Tokenizer
 
 BATCH_TOKENS = 16_384
+NO_LIMIT = 2048  # tokens, of a model that could take any number
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,6 @@ def score_folder(folder: Path, device: torch.device) -> Scorer:
         return F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
 
     return Scorer(
-        tokenizer.encode, logits_at, loss, config.max_position_embeddings, config.vocab_size,
+        tokenizer.encode, logits_at, loss, getattr(config, "max_position_embeddings", NO_LIMIT), config.vocab_size,
         config.bos_token_id or 0, packs=False, device=device,
     )  # fmt: skip

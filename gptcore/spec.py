@@ -25,6 +25,7 @@ LabelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$")]
 # shown in the JSON schema, but checked here: our messages name the way out, and pydantic's regex looks not ahead
 TASK = r"^(val_loss|hellaswag(@\d{1,2})?|lm_eval:[\w.,/-]{1,200}(@\d{1,3})?)$"
 _PART = "[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+SOURCE = rf"^(?!hf://)|^hf://({_PART}/)?{_PART}(@[A-Za-z0-9._/-]+)?$"
 REPO = rf"^(?!.*(--|\.\.|\.git$)){_PART}/{_PART}$"
 
 
@@ -67,6 +68,12 @@ def _hub_accepts(repo: str) -> str:
     return repo
 
 
+def _hub_address(source: str) -> str:
+    if not re.match(SOURCE, source):
+        raise ValueError(f"source {source!r} is no address on the Hub; use hf://owner/name or hf://owner/name@revision")
+    return source
+
+
 def _in_order(steps: tuple[int, int]) -> tuple[int, int]:
     if not 1 <= steps[0] <= steps[1]:
         raise ValueError(f"profile_steps {list(steps)} is no range; give the first and the last step, from 1")
@@ -79,6 +86,9 @@ def _stay_inside(path: str) -> str:
     return path
 
 
+Source = Annotated[
+    str, Field(min_length=1, max_length=500, json_schema_extra={"pattern": SOURCE}), AfterValidator(_hub_address)
+]
 Task = Annotated[str, Field(json_schema_extra={"pattern": TASK})]
 Tasks = Annotated[tuple[Task, ...], Field(max_length=100), AfterValidator(_known_tasks)]
 
@@ -227,9 +237,7 @@ class SampleSpec(Spec):
 class InitSpec(Spec):
     """Where the first weights come from."""
 
-    source: str = Field(
-        min_length=1, max_length=500, description="a job id, a Hub folder in the runs root, or hf://owner/name"
-    )
+    source: Source = Field(description="a job id, a Hub folder in the runs root, or hf://owner/name")
     optimizer: bool = Field(False, description="also its optimiser state and counters: extends the run")
 
 
@@ -328,9 +336,7 @@ class PrepareSpec(JobBase):
 class SourceModel(JobBase):
     """A job about a model that exists. `parent` is what a train job's own children say for its id."""
 
-    source: str = Field(
-        min_length=1, max_length=500, description="a train job's id, a Hub folder in the runs root, or hf://owner/name"
-    )
+    source: Source = Field(description="a train job's id, a Hub folder in the runs root, or hf://owner/name")
     step: int | None = Field(None, ge=0, description="of a job's checkpoint; null: its best")
 
 

@@ -102,6 +102,16 @@ def test_hellaswag_completion_takes_the_least_loss_per_token_of_raw_text() -> No
         assert scores.choices[number] == int(torch.tensor(losses).argmin())
 
 
+def test_hellaswag_endings_begin_with_no_mark_that_a_tokenizer_puts_before_a_text() -> None:
+    def marked(text: str) -> list[int]:
+        return [0, *text.encode()]
+
+    [question] = hellaswag.completion_questions(make_items(1, seed=2), marked, 0)
+    item = make_items(1, seed=2)[0]
+    assert question.context == marked(item["ctx"])
+    assert [bytes(ending).decode() for ending in question.endings] == [" " + ending for ending in item["endings"]]
+
+
 def test_hellaswag_ranks_share_the_items_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = tiny_scorer("qwen3", "gpt2")
     questions = hellaswag.harness_questions(make_items(21, seed=3), scorer.encode)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,39 @@ def test_a_model_of_another_shape_is_refused_with_every_difference(tmp_path: Pat
     message = refused(InitSpec(source="theirs"), other, tmp_path)
     assert "n_layer is 2 there, 3 here" in message
     assert "rope_theta is 10000.0 there, 500.0 here" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "says", "said"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "its rope_type is 'llama3'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, "its rope_type is"),
+        ("llama", {"hidden_act": "gelu"}, "its hidden_act is 'gelu', which no model here computes; wanted 'silu'"),
+        ("gpt2", {"activation_function": "relu"}, "its activation_function is 'relu'"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "its scale_attn_by_inverse_layer_idx is True"),
+        ("qwen3", {"use_sliding_window": True}, "its use_sliding_window is True"),
+        ("qwen3", {"attention_bias": True}, "its attention_bias is True, with which no Qwen3ForCausalLM"),
+        ("llama", {"architectures": None}, "its class is not said"),
+    ],
+)
+def test_weights_of_another_function_are_refused(tmp_path: Path, family: str, says: dict[str, Any], said: str) -> None:
+    spec = tiny_model(family, vocab_size=256)
+    saved_by_transformers(spec, tmp_path / "theirs")
+    config = tmp_path / "theirs" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | says))
+    assert said in refused(InitSpec(source="theirs"), spec, tmp_path)
+
+
+def test_what_a_config_leaves_out_is_what_its_class_takes_for_it(tmp_path: Path) -> None:
+    spec = tiny_model("llama", vocab_size=256, n_kv_head=4, norm_eps=1e-6)
+    native = saved_by_transformers(spec, tmp_path / "theirs")
+    config = tmp_path / "theirs" / "config.json"
+    left = {"num_key_value_heads", "rms_norm_eps"}
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k not in left}))
+    ours = GPT(spec)
+    ours.load_state_dict(load_origin(of_model(spec), InitSpec(source="theirs"), tmp_path).weights, strict=False)
+    tokens = torch.randint(0, 256, (2, 64))
+    assert (ours.logits(tokens) - native(tokens).logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("source", ["nowhere", "../../etc", "empty"])

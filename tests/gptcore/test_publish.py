@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from gptcore.events import Evaluated, Failed, Finished, Published, Scored, Verified
+from gptcore.events import Evaluated, Failed, Finished, Notice, Published, Scored, Verified
 from gptcore.rundir import RunDir, write_atomically
 from gptcore.spec import PublishTarget, parse_spec
 from tests.conftest import wait_until
@@ -133,10 +133,31 @@ def test_the_card_says_how_the_model_was_made(hub: Hub) -> None:
     assert metrics["hellaswag_acc_norm@10"] == 0.25 and metrics["lm_eval:arc_easy/acc"] == 0.5 and metrics["loss"] > 0
     [entry] = yaml.safe_load(repo.files[".eval_results/hellaswag.yaml"])
     assert entry["dataset"]["id"] == "Rowan/hellaswag" and entry["value"] == 25.0 and "10-shot" in entry["notes"]
+    assert f"the weights are those of step {step}." in readme and "base_model" not in front
     assert "trainmaster submit hf://me/tiny" in readme and "LlamaForCausalLM" in readme and "sha256" in readme
     assert repo.files["loss.png"].startswith(b"\x89PNG")
     assert parse_spec(json.loads(repo.files["trainmaster.json"])).kind == "train"
     (source.evaluations / "job-x.json").unlink()
+
+
+@pytest.mark.slow
+def test_a_model_published_without_hellaswags_items_leaves_no_scores_of_one_before(hub: Hub) -> None:
+    source, items = RunDir(hub.home / "runs" / "source"), hub.home / "datasets" / "hellaswag"
+    step = json.loads((sorted(source.checkpoints.iterdir())[-1] / "state.json").read_text())["state"]["best_step"]
+    scored = {"task": "hellaswag", "results": {"hellaswag_acc_norm": 0.25}, "step": step, "seconds": 1.0}
+    write_atomically(source.evaluations / "job-y.json", json.dumps([scored]))
+    hub.publish(job(hub, "scored"))
+    assert ".eval_results/hellaswag.yaml" in hub.state.repos["me/tiny"].files
+    (source.evaluations / "job-y.json").unlink()
+    items.rename(items.with_name("away"))
+    try:
+        events = hub.publish(job(hub, "unscored"))
+    finally:
+        items.with_name("away").rename(items)
+    assert isinstance(events[-1], Finished), events[-1]
+    assert any(isinstance(e, Notice) and "HellaSwag was left out" in e.message for e in events)
+    files = hub.state.repos["me/tiny"].files
+    assert ".eval_results/hellaswag.yaml" not in files and "model.safetensors" in files
 
 
 @pytest.mark.slow
@@ -214,6 +235,25 @@ if "gptcore.publish_job" in sys.orig_argv:
         return tensors
     export.native_weights = wrong
 """
+
+
+BREAK_TOKENIZER = """
+import sys
+if "gptcore.publish_job" in sys.orig_argv:
+    import gptcore.export as export
+    right = export.byte_alphabet
+    def wrong():
+        alphabet = right()
+        alphabet[0xC3], alphabet[0xC4] = alphabet[0xC4], alphabet[0xC3]
+        return alphabet
+    export.byte_alphabet = wrong
+"""
+
+
+def test_an_export_that_reads_text_otherwise_is_stopped_at_the_gate(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BREAK_TOKENIZER)  # only letters that English has not
+    failed = hub.publish(job(hub, "misread"), PYTHONPATH=str(tmp_path))[-1]
+    assert isinstance(failed, Failed) and failed.reason == "mismatch" and "tokens_differing" in failed.message
 
 
 @pytest.mark.parametrize("part", ["q_proj", pytest.param("layernorm", marks=pytest.mark.slow)])
