@@ -46,8 +46,9 @@ class Metrics(BaseModel):
     series: dict[str, Points]
 
     def to_csv(self) -> str:
-        """A row a step, a column a key; empty where there is no value."""
-        columns = {key: dict(zip(points.step, points.value, strict=True)) for key, points in self.series.items()}
+        """A row a step, a column a key; empty where there is no value. NaN and infinities as in JSON."""
+        written = {key: from_json(points.model_dump_json()) for key, points in self.series.items()}
+        columns = {key: dict(zip(points["step"], points["value"], strict=True)) for key, points in written.items()}
         file = io.StringIO()
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["step", *columns])

@@ -64,7 +64,7 @@ def job_table(job: Mapping[str, Any]) -> Table:
         ("steps", f"{job['step']}/{job['total_steps']}" if job["total_steps"] else ""),
         ("attempt", str(job["attempt"])),
         ("best", f"val loss {best['val_loss']:.4f} at step {best['step']}" if best else ""),
-        *((name, f"{value:.4f}") for name, value in job["results"].items()),
+        *((name, f"{float(value):.4f}") for name, value in job["results"].items()),
         ("published", f"{job['published']['url']} at {job['published']['tag']}" if job["published"] else ""),
         ("parent", job["parent_job_id"] or ""),
         ("speed", f"{job['tokens_per_second']:,.0f} tokens/s" if job["tokens_per_second"] else ""),

@@ -45,7 +45,7 @@ class Follower:
                 self.val_loss = float(event["val_loss"])
                 return f"step {event['step']}: {self.numbers()}"
             case "scored":
-                results = ", ".join(f"{name} {value:.4f}" for name, value in event["results"].items())
+                results = ", ".join(f"{name} {float(value):.4f}" for name, value in event["results"].items())
                 return f"step {event['step']}: {results}"
             case "published":
                 return f"published {event['url']}, {event['tag']}"

@@ -44,7 +44,7 @@ def new_job_id() -> str:
     return "job-" + "".join(_ALPHABET[bits >> shift & 31] for shift in range(55, -1, -5))
 
 
-class Record(BaseModel, frozen=True, extra="ignore"):
+class Record(BaseModel, frozen=True, extra="ignore", ser_json_inf_nan="strings"):
     """What a later version added to it is passed over."""
 
 

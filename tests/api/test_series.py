@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from api.series import Curve
 from tests.api.server import FakeRun, evaluated, step
+from worker.job import BestCheckpoint
 
 
 def curves(http: httpx2.Client, run: FakeRun, **query: Any) -> dict[str, Any]:
@@ -72,6 +73,17 @@ def test_a_torn_line_is_no_event_until_it_is_whole(http: httpx2.Client, run: Fak
 def test_values_that_are_no_numbers_are_strings(http: httpx2.Client, run: FakeRun) -> None:
     run.write(step(1, math.nan), step(2, math.inf), step(3, -math.inf), step(4, 1.0))
     assert curves(http, run)["train_loss"]["value"] == ["NaN", "Infinity", "-Infinity", 1.0]
+    table = http.get(f"/jobs/{run.id}/metrics", params={"keys": "train_loss"}, headers={"Accept": "text/csv"}).text
+    assert table == "step,train_loss\n1,NaN\n2,Infinity\n3,-Infinity\n4,1.0\n"
+
+
+def test_a_jobs_results_that_are_no_numbers_are_the_same_strings(http: httpx2.Client, run: FakeRun) -> None:
+    run.report(
+        results={"val_loss": math.nan, "acc": math.inf}, best_checkpoint=BestCheckpoint(step=1, val_loss=math.inf)
+    )
+    for job in (http.get(f"/jobs/{run.id}").json(), http.get("/jobs").json()["data"][0]):
+        assert job["results"] == {"val_loss": "NaN", "acc": "Infinity"}
+        assert job["best_checkpoint"]["val_loss"] == "Infinity"
 
 
 def test_keys_and_steps_can_be_chosen(http: httpx2.Client, run: FakeRun) -> None:
@@ -147,4 +159,4 @@ def test_curves_come_as_a_table_too(http: httpx2.Client, run: FakeRun) -> None:
     query = {"keys": ["train_loss", "val_loss"]}
     answer = http.get(f"/jobs/{run.id}/metrics", params=query, headers={"Accept": "text/csv"})
     assert answer.headers["content-type"].startswith("text/csv")
-    assert answer.text == "step,train_loss,val_loss\n1,3.0,\n2,nan,2.75\n"
+    assert answer.text == "step,train_loss,val_loss\n1,3.0,\n2,NaN,2.75\n"
