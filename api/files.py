@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+from pathlib import Path
+
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
@@ -40,10 +44,11 @@ def checkpoints(job_id: str, services: With) -> list[CheckpointSummary]:
     return [
         CheckpointSummary(
             step=step, attempt=attempt, path=f"checkpoints/{path.name}",
-            bytes=sum(file.stat().st_size for file in path.iterdir()),
+            bytes=sum(sizes.values()),
             val_loss=val_losses.get(step), best=best is not None and step == best.step,
         )
         for path, step, attempt in RunDir(services.settings.runs / job_id).complete_checkpoints()
+        if (sizes := _sizes(path))
     ]  # fmt: skip
 
 
@@ -59,8 +64,17 @@ def artifacts(job_id: str, services: With) -> list[Artifact]:
     """Every file of the run directory, by path."""
     services.store.get_job(job_id)
     root = services.settings.runs / job_id
-    files = sorted(path for path in root.rglob("*") if is_inside(path, root) and path.is_file())
-    return [Artifact(path=str(path.relative_to(root)), bytes=path.stat().st_size) for path in files]
+    return [Artifact(path=str(path.relative_to(root)), bytes=size) for path, size in sorted(_sizes(root).items())]
+
+
+def _sizes(root: Path) -> dict[Path, int]:
+    """Every file beneath, with its bytes; one that goes meanwhile, as old checkpoints do, is passed over."""
+    found = {}
+    for file in (Path(folder) / name for folder, _, names in os.walk(root) for name in names):
+        with suppress(FileNotFoundError):
+            if is_inside(file, root) and file.is_file():
+                found[file] = file.stat().st_size
+    return found
 
 
 @router.get(

@@ -52,7 +52,8 @@ def planned(spec: AnySpec, settings: Settings, store: Store) -> Planned:
     if resolved.init_from is not None:
         _check_init(resolved, resolved.init_from, settings)
     if resolved.publish is not None:
-        _check_publish(resolved, resolved.publish.repo, settings, "/publish")
+        _refuse("/publish/repo", settings.refuses_repo(resolved.publish.repo))
+        _check_exportable(resolved, "/publish")
     guess, warnings = None, []
     if hardware is None:
         numbers = plan(resolved, Hardware(device="cpu" if device == "auto" else device, ranks=ANY_RANKS))
@@ -80,7 +81,7 @@ def _check_subject(spec: EvalSpec | PublishSpec, settings: Settings, store: Stor
     except JobNotFound:
         return None
     if job.spec["kind"] == "train" and isinstance(spec, PublishSpec):
-        _check_publish(TrainSpec.model_validate(job.spec), spec.repo, settings, "/source")
+        _check_exportable(TrainSpec.model_validate(job.spec), "/source")
     return job.id if job.status == "succeeded" else None
 
 
@@ -106,8 +107,7 @@ def _run_with_weights(source: str, pointer: str, settings: Settings, exported_to
     return run
 
 
-def _check_publish(spec: TrainSpec, repo: str, settings: Settings, pointer: str) -> None:
-    _refuse(f"{pointer}/repo", settings.refuses_repo(repo))
+def _check_exportable(spec: TrainSpec, pointer: str) -> None:
     name, reason = native_class(spec.model)
     _refuse(pointer, "" if name else f"no stock transformers class holds this model: {reason}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -44,7 +45,7 @@ class Refusal(Exception):
         super().__init__(detail)
 
     def response(self) -> Response:
-        body = self.details.model_dump_json()
+        body = json.dumps(self.details.model_dump())  # in ASCII: a name that is refused may be no UTF-8
         return Response(body, self.details.status, self.headers, media_type=MEDIA_TYPE)
 
 
@@ -60,11 +61,14 @@ def _invalid_request(error: RequestValidationError, request: Request) -> Refusal
         return Refusal(400, "invalid_json", detail)
     in_body = [one for one in found if one["loc"][0] == "body"]
     if in_body:
-        return _invalid("invalid_spec", problems_of(in_body, root=tuple(in_body[0]["loc"][:2])))
-    return _invalid("invalid_parameter", problems_of(list(found)))
+        loc = tuple(in_body[0]["loc"])
+        root = loc[: 2 if loc[1:2] in (("spec",), ("from",)) else 1]  # a discriminator's level is not in the document
+        return _invalid("invalid_spec", problems_of(in_body, root=root))
+    # a parameter that may be repeated is named, not its place in the list
+    return _invalid("invalid_parameter", problems_of([{**one, "loc": one["loc"][:2]} for one in found]))
 
 
-_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "content_too_large"}
+_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "content_too_large"}
 
 
 def _http(error: HTTPException, request: Request) -> Refusal:
@@ -75,6 +79,7 @@ def _http(error: HTTPException, request: Request) -> Refusal:
         operations = request.app.openapi()["paths"].get(getattr(request.scope.get("route"), "path", ""), {})
         headers["Allow"] = ", ".join(map(str.upper, operations)) or headers.get("Allow", "")
     detail = {
+        400: f"the body cannot be read as JSON: {error.__cause__ or error.detail}",
         404: f"there is nothing at {path}; GET /docs shows what there is",
         405: f"{request.method} is not for {path}; use {headers.get('Allow', 'another method')}",
     }.get(status, error.detail)

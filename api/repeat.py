@@ -7,14 +7,16 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
+from api.planning import Planned, planned
 from gptcore.spec import JobSpec, ModelSpec, Problem, SpecError, parse_spec, refusal
+from worker.settings import Settings
 from worker.store import JobNotFound, Store
 
 
 class Repeat(BaseModel, extra="forbid", frozen=True):
     """Another job's spec with changes."""
 
-    source: str = Field(alias="from", description="a job's id")
+    source: str = Field(alias="from", max_length=200, description="a job's id")
     overrides: dict[str, JsonValue] = Field(
         {},
         description="merged into its spec (RFC 7396): objects merge, null takes a field back to its default. "
@@ -41,23 +43,26 @@ def _which(body: object) -> str:
 Submission = Annotated[Annotated[JobSpec, Tag("spec")] | Annotated[Repeat, Tag("from")], Discriminator(_which)]
 
 
-def spec_of(submission: JobSpec | Repeat, store: Store) -> JobSpec:
-    """The spec that is meant. Raises SpecError with pointers into the body."""
+def plan_of(submission: JobSpec | Repeat, settings: Settings, store: Store) -> Planned:
+    """The spec that is meant, planned. Raises SpecError with pointers into the body."""
     if not isinstance(submission, Repeat):
-        return submission
+        return planned(submission, settings, store)
     try:
         spec = dict(store.get_job(submission.source).spec)
     except JobNotFound:
         message = f"from {submission.source!r} is no job; GET /jobs lists them"
         raise refusal("/from", message) from None
     changed = submission.overrides
+    if changed.get("kind", spec["kind"]) != spec["kind"]:
+        message = f"{submission.source} is a {spec['kind']} job, and kind cannot be changed; submit a whole spec"
+        raise refusal("/overrides/kind", message)
     if "model" in spec:
         model, data = changed.get("model"), changed.get("data")
         spec["model"] = _given(spec["model"], isinstance(model, dict) and "preset" in model)
         if isinstance(data, dict) and "dataset" in data:
             spec["model"].pop("vocab_size", None)  # follows from the dataset
     try:
-        return parse_spec(_merged(spec, changed))
+        return planned(parse_spec(_merged(spec, changed)), settings, store)
     except SpecError as error:
         moved = [Problem(pointer=f"/overrides{one.pointer}", message=one.message) for one in error.problems]
         raise SpecError(moved) from None

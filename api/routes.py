@@ -17,9 +17,9 @@ from pydantic import BaseModel, Field
 from api.history import read_history
 from api.hub import Hub
 from api.monitoring import Monitor
-from api.planning import Planned, planned
+from api.planning import Planned
 from api.problems import ProblemDetails, Refusal
-from api.repeat import EXAMPLES, Submission, spec_of
+from api.repeat import EXAMPLES, Submission, plan_of
 from api.series import EVENT_TYPES, Key, Metrics, ResultKey, Run
 from api.stream import LOG_TAIL_BYTES, event_stream, log_stream
 from gptcore.dataset import BUILTIN, list_datasets
@@ -120,11 +120,12 @@ def submit(
     ] = None,
 ) -> Job:
     """Check a job spec and queue it: a whole one, or another job's with `overrides`."""
-    body_sha256 = hashlib.sha256(submission.model_dump_json().encode()).hexdigest()
+    # json, for Pydantic's own cannot write a lone surrogate, which planning refuses by its field
+    body_sha256 = hashlib.sha256(json.dumps(submission.model_dump(mode="json")).encode()).hexdigest()
     # before planning: a repeated request gets its first answer, whatever the pool has become since
     job = services.store.replayed_job(idempotency_key, body_sha256) if idempotency_key else None
     if job is None:
-        accepted = planned(spec_of(submission, services.store), services.settings, services.store)
+        accepted = plan_of(submission, services.settings, services.store)
         job, _ = services.store.create_job(
             accepted.spec, accepted.plan, idempotency_key=idempotency_key, body_sha256=body_sha256,
             parent_job_id=accepted.parent_job_id, children=accepted.children,
@@ -136,14 +137,14 @@ def submit(
 @router.post("/jobs/plan", tags=["jobs"])
 def plan(submission: Sent, services: With) -> Planned:
     """What a job spec comes to; nothing is queued."""
-    return planned(spec_of(submission, services.store), services.settings, services.store)
+    return plan_of(submission, services.settings, services.store)
 
 
 @router.get("/jobs", tags=["jobs"])
 def jobs(
     services: With,
     status: Status | None = None,
-    kind: Annotated[str | None, Query(description="train, prepare, eval, publish")] = None,
+    kind: Literal["train", "prepare", "eval", "publish"] | None = None,
     label: Annotated[str | None, Query(description="key, or key=value")] = None,
     name: str | None = None,
     parent_job_id: Annotated[str | None, Query(description="only jobs about this one: evaluations, publishing")] = None,
@@ -308,12 +309,14 @@ def audit(services: With, limit: Limit = 100) -> list[AuditEntry]:
     return services.keys.audit(limit)
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", tags=["service"])
 def healthz() -> Health:
     """This process answers."""
     return Health(status="ok")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", tags=["service"])
 def readyz(services: With) -> Health:
     """Redis answers, and there is a live worker."""

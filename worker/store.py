@@ -117,7 +117,7 @@ class Store(Connected):
         name: str | None = None, parent_job_id: str | None = None, limit: int = 20, after: str | None = None,
     ) -> JobPage:  # fmt: skip
         """Newest first. `label` is "key" or "key=value"; `after` a page's `next`. Raises BadCursor."""
-        if after is not None and not after.isdecimal():
+        if after is not None and not (after.isascii() and after.isdecimal()):
             raise BadCursor(f"after {after!r} is no cursor; use the `next` of the page before")
         key, has_value, value = (label or "").partition("=")
         asked = {"status": status, "kind": kind, "name": name, "parent_job_id": parent_job_id}

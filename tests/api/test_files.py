@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from http.client import HTTPConnection
@@ -42,6 +45,31 @@ def test_checkpoints_are_listed_with_their_losses(http: httpx2.Client, run: Fake
     assert (second["step"], second["val_loss"], second["best"]) == (8, None, False)
     weights = http.get(f"/jobs/{run.id}/artifacts/{first['path']}/model.safetensors")
     assert weights.content == b"w" * 100 and first["bytes"] > 100
+
+
+@pytest.mark.parametrize("listing", ["checkpoints", "artifacts"])
+def test_what_a_run_removes_while_it_is_listed_is_passed_over(
+    http: httpx2.Client, run: FakeRun, settings: Settings, listing: str
+) -> None:
+    root, enough = settings.runs / run.id, threading.Event()
+    save_checkpoint(root, 1)
+
+    def rotate() -> None:
+        for step in itertools.count(2):
+            save_checkpoint(root, step)
+            shutil.rmtree(root / "checkpoints" / f"step-{step:08d}-a0001")
+            if enough.is_set():
+                return
+
+    rotation = threading.Thread(target=rotate)
+    rotation.start()
+    try:
+        answers = [http.get(f"/jobs/{run.id}/{listing}") for _ in range(100)]
+    finally:
+        enough.set()
+        rotation.join()
+    assert {answer.status_code for answer in answers} == {200}
+    assert all("step-00000001-a0001" in answer.text for answer in answers)
 
 
 def test_samples_come_by_step_and_of_a_repeated_step_the_newest(http: httpx2.Client, run: FakeRun) -> None:
@@ -192,6 +220,9 @@ BAD_REPEATS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown field": ({"from": "x", "override": {}}, "/override"),
     "a bad value": ({"from": "", "overrides": {"optim": {"lr": -1}}}, "/overrides/optim/lr"),
     "a missing field": ({"from": "", "overrides": {"data": None}}, "/overrides/data"),
+    "of another kind": ({"from": "", "overrides": {"kind": "eval"}}, "/overrides/kind"),
+    "what cannot run": ({"from": "", "overrides": {"tokens_per_step": 100}}, "/overrides/tokens_per_step"),
+    "no characters": ({"from": "", "overrides": {"labels": {"a": "\ud800"}}}, "/overrides/labels/a"),
     "another kind": ({"from": "", "overrides": {"kind": "trian"}}, "/overrides/kind"),
     "too deep": ({"from": "", "overrides": {"labels": DEEP}}, "/overrides"),
 }
@@ -200,7 +231,8 @@ BAD_REPEATS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("body", "pointer"), BAD_REPEATS.values(), ids=BAD_REPEATS)
 def test_a_bad_repeat_is_refused_by_field(http: httpx2.Client, body: dict[str, Any], pointer: str) -> None:
     job = http.post("/jobs", json=train_spec()).json()
-    answer = http.post("/jobs", json=body | ({"from": job["id"]} if body["from"] == "" else {}))
+    text = json.dumps(body | ({"from": job["id"]} if body["from"] == "" else {}))
+    answer = http.post("/jobs", content=text, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_spec"), answer.text
     assert any(error["pointer"].startswith(pointer) for error in answer.json()["errors"]), answer.json()
     assert len(http.get("/jobs").json()["data"]) == 1

@@ -286,6 +286,7 @@ def test_datasets_presets_and_workers_say_what_a_spec_may_name(http: httpx2.Clie
 
 def test_ready_means_redis_and_a_live_worker(http: httpx2.Client, store: Store) -> None:
     assert http.get("/healthz").json() == {"status": "ok"}
+    assert (http.head("/healthz").status_code, http.head("/readyz").status_code) == (200, 503)
     assert (http.get("/readyz").status_code, http.get("/readyz").json()["code"]) == (503, "no_worker")
     store.register_node(node(1))
     assert http.get("/readyz").status_code == 200

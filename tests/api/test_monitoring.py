@@ -55,6 +55,8 @@ def test_numbers_say_how_requests_and_streams_fare(http: httpx2.Client, run: Fak
     http.post("/jobs", json=train_spec())
     http.post("/jobs", json={})
     http.get("/no/such/path")
+    for word in ("PROPFIND", "X1", "X2"):
+        http.request(word, "/jobs")
     with stream(http, f"/jobs/{run.id}/events") as messages:
         wait_until(lambda: run.write(step(1)) or True)
         next(messages)
@@ -65,6 +67,7 @@ def test_numbers_say_how_requests_and_streams_fare(http: httpx2.Client, run: Fak
         return found["trainmaster_request_seconds_count", labels]
 
     assert count("POST", "/jobs", "201") == count("POST", "/jobs", "422") == count("GET", "none", "404") == 1
+    assert count("other", "/jobs", "405") == 3  # nor are words that anyone may make up
     assert count("GET", "/jobs/{job_id}/events", "200") == 1  # ids are no labels
 
 

@@ -41,6 +41,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "a limit out of range": ({"method": "GET", "url": "/jobs?limit=0"}, 422, "invalid_parameter"),
     "an unknown status": ({"method": "GET", "url": "/jobs?status=done"}, 422, "invalid_parameter"),
+    "an unknown kind": ({"method": "GET", "url": "/jobs?kind=trian"}, 422, "invalid_parameter"),
+    "a cursor in other digits": ({"method": "GET", "url": "/jobs?after=%D9%A3"}, 422, "invalid_parameter"),
     "a cursor from elsewhere": ({"method": "GET", "url": "/jobs?after=abc"}, 422, "invalid_parameter"),
     "an unknown curve": ({"method": "GET", "url": "/jobs/x/metrics?keys=loss"}, 422, "invalid_parameter"),
     "an event id that is none": (
@@ -49,11 +51,26 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
         "invalid_parameter",
     ),
     "broken JSON": ({"method": "POST", "url": "/jobs", "content": '{"kind"', "headers": JSON}, 400, "invalid_json"),
-    "not UTF-8": ({"method": "POST", "url": "/jobs", "content": b'"\xff"', "headers": JSON}, 400, "bad_request"),
+    "not UTF-8": ({"method": "POST", "url": "/jobs", "content": b'"\xff"', "headers": JSON}, 400, "invalid_json"),
+    "a number too long": (
+        {"method": "POST", "url": "/jobs", "content": "9" * 5000, "headers": JSON},
+        400,
+        "invalid_json",
+    ),
+    "an id of no characters": (
+        {"method": "POST", "url": "/jobs", "content": r'{"from": "\ud800"}', "headers": JSON},
+        422,
+        "invalid_spec",
+    ),
+    "a field of no characters": (
+        {"method": "POST", "url": "/jobs", "content": r'{"kind": "train", "\ud800": 1}', "headers": JSON},
+        422,
+        "invalid_spec",
+    ),
     "deep JSON": (
         {"method": "POST", "url": "/jobs", "content": "[" * 100_000, "headers": JSON},
         400,
-        "bad_request",
+        "invalid_json",
     ),
     "no body": ({"method": "POST", "url": "/jobs", "headers": JSON}, 422, "invalid_spec"),
     "a list": ({"method": "POST", "url": "/jobs", "json": []}, 422, "invalid_spec"),
@@ -96,6 +113,27 @@ def test_a_bad_parameter_is_named_with_its_value(http: httpx2.Client) -> None:
     assert error["pointer"] == "/query/limit" and "limit '1000'" in error["message"] and "100" in error["message"]
 
 
+def test_of_a_parameter_that_may_be_repeated_the_name_is_said(http: httpx2.Client) -> None:
+    errors = http.get("/jobs/x/metrics?keys=lr&keys=bogus").json()["errors"]
+    assert {error["pointer"] for error in errors} == {"/query/keys"}
+    assert all(error["message"].startswith("keys 'bogus': ") for error in errors), errors
+
+
+def test_a_body_that_is_no_spec_is_refused_by_its_field(http: httpx2.Client) -> None:
+    (error,) = http.patch("/workers/x", json={"schedulable": "no"}).json()["errors"]
+    assert error["pointer"] == "/schedulable" and error["message"].startswith("schedulable 'no': ")
+
+
+def test_what_the_reader_of_json_gives_up_at_is_said(http: httpx2.Client) -> None:
+    said = {
+        b'"\xff"': "can't decode byte 0xff",
+        b"[" * 100_000: "recursion depth",
+        b"9" * 5000: "has 5000 digits",
+    }
+    for body, why in said.items():
+        assert why in http.post("/jobs", content=body, headers=JSON).json()["detail"]
+
+
 @pytest.mark.parametrize("depth", [50, 300, 900, 20_000])
 def test_a_deep_spec_is_refused_at_any_depth(http: httpx2.Client, depth: int) -> None:
     nested = "[" * depth + "]" * depth
@@ -116,6 +154,7 @@ FOREIGN = [
     {"Origin": "http://127.0.0.1"},  # another port is another site
     {"Origin": "http://localhost:8000"},
     {"Origin": "null"},
+    {"Origin": "http://[::1"},
     {"Origin": ""},
 ]
 
