@@ -35,7 +35,7 @@ maxmemory-policy noeviction
 
 
 class NoRedis(Mistake):
-    """There is no Redis server to start; the message says what to install."""
+    """There is no Redis server to start, or none at the URL given; the message says what to do."""
 
 
 def find_binary() -> str:

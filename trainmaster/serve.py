@@ -22,7 +22,7 @@ def listen(host: str, port: int, redis_url: str) -> socket.socket:
     from worker.keyring import KeyRing
 
     try:
-        listener = socket.create_server((host, port))
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise AddressTaken(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
     if not _is_loopback(listener) and KeyRing(redis_url).is_empty():

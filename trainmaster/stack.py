@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import redis
 from gptcore.locks import is_held
 from gptcore.procs import adopt_orphans
 from trainmaster.part import Part, PartFailed
-from trainmaster.redis_server import RedisServer
+from trainmaster.redis_server import NoRedis, RedisServer
 from trainmaster.serve import listen
 from worker.connection import AWAY
 from worker.place import agent_lock
@@ -27,7 +28,7 @@ from worker.settings import Settings
 
 START_SECONDS = 60.0
 POLL_SECONDS = 0.1
-RESTART_SECONDS = 5.0  # a worker that ends sooner would end again
+RESTART_SECONDS = 5.0  # a worker or an API that ends sooner would end again
 STOP_MARGIN_SECONDS = 15.0  # over the grace that a running job has to write a checkpoint
 
 
@@ -48,6 +49,7 @@ class Stack:
         self._wanted_api, self._wanted_worker = api, worker
         self._logs = logs
         self._parts: list[Part] = []
+        self._listener: socket.socket | None = None
         self.url = ""
 
     def __enter__(self) -> Stack:
@@ -55,8 +57,7 @@ class Stack:
         (self._settings.home / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             self._wait_until(self._redis_answers, "Redis")
-            if self._wanted_api:
-                self._start_api()
+            self._take_api()
             self._take_worker()
             if self._wanted_api:
                 self._wait_until(self._api_answers, "the API")
@@ -75,15 +76,16 @@ class Stack:
     def check(self) -> None:
         """Raises PartFailed when a part has ended. Takes over what another stack of this home let go.
 
-        A worker's agent that ended after it was up is started again: its jobs go on meanwhile.
+        A worker's agent or an API that ended after it was up is started again: jobs go on meanwhile, and callers wait.
         """
         self._reap_orphans()
         for part in list(self._parts):
-            if part.name == "worker" and part.ended() and time.monotonic() - part.started_at > RESTART_SECONDS:
+            if part.name != "redis" and part.ended() and time.monotonic() - part.started_at > RESTART_SECONDS:
                 self._parts.remove(part)
         for part in self._parts:
             part.check()
         self._take_redis()
+        self._take_api()
         self._take_worker()
 
     def wait(self) -> None:
@@ -113,6 +115,8 @@ class Stack:
             kill(*left)
             psutil.wait_procs(left, timeout=5)
             self._parts.clear()
+            if self._listener:
+                self._listener.close()
 
     def _start(self, name: str, command: list[str], **options: Any) -> Part:
         log = self._settings.home / "logs" / f"{name}.log" if self._logs else None
@@ -133,20 +137,28 @@ class Stack:
         if url is None:
             return False  # the other stack that starts one has not written its configuration yet
         try:
-            with redis.Redis.from_url(url, retry=None, socket_timeout=1) as client:
+            with redis.Redis.from_url(url, retry=None, socket_timeout=5) as client:
                 client.ping()
-        except AWAY:  # not there yet, or still loading its file
+        except (*AWAY, ValueError) as error:  # not there yet, still loading its file, or no URL of a Redis
+            if self._own_redis is None and not isinstance(error, redis.BusyLoadingError):
+                where = url.partition("?")[0].rpartition("@")[2]  # without a password
+                raise NoRedis(f"Redis at {where}, as TRAINMASTER_REDIS_URL has it, cannot be used: {error}") from error
             return False
         self._settings = replace(self._settings, redis_url=url)
         return True
 
-    def _start_api(self) -> None:
+    def _take_api(self) -> None:
+        """Start the API unless we run it."""
+        if not self._wanted_api or self._runs("api"):
+            return
         host, port = self._address
-        # bound here and served there: no port is lost between
-        with listen(host, port, self._settings.redis_url) as listener:
-            command = [sys.executable, "-m", "trainmaster.serve", str(listener.fileno())]
-            self._start("api", command, pass_fds=[listener.fileno()])
-            self.url = f"http://{host}:{listener.getsockname()[1]}"
+        if self._listener is None:
+            # bound here and served there: no port is lost between, nor while one that was killed is replaced
+            self._listener = listen(host, port, self._settings.redis_url)
+            name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # by which this machine reaches it
+            self.url = f"http://{f'[{name}]' if ':' in name else name}:{self._listener.getsockname()[1]}"
+        served = self._listener.fileno()
+        self._start("api", [sys.executable, "-m", "trainmaster.serve", str(served)], pass_fds=[served])
 
     def _take_worker(self) -> None:
         """Start the home's worker unless we run it, or another stack or `trainmaster worker` does."""
@@ -173,7 +185,8 @@ class Stack:
         """Also waits for a live worker where we start one: that is what /readyz says."""
         path = "/readyz" if self._wanted_worker else "/healthz"
         try:
-            return httpx2.get(self.url + path, timeout=5, trust_env=False).is_success
+            # to that name it answers wherever it listens
+            return httpx2.get(self.url + path, headers={"Host": "localhost"}, timeout=5, trust_env=False).is_success
         except httpx2.TransportError:
             return False
 

@@ -128,12 +128,44 @@ def test_a_job_goes_on_when_the_stack_is_started_again(start_up: StartUp, home: 
 
 def test_a_part_that_dies_ends_the_stack_and_its_log_says_why(start_up: StartUp, home: Path) -> None:
     up, _ = start_up()
-    (api,) = [p for p in processes_of(home) if "trainmaster.serve" in p.cmdline()]
-    api.kill()
+    (redis,) = [p for p in processes_of(home) if p.cwd() == str(home / "redis")]
+    redis.kill()
     said = up.communicate(timeout=30)[0]
     assert up.returncode == 1
-    assert "api ended by SIGKILL; the end of " in said and "api.log" in said
+    assert "redis ended by SIGKILL; the end of " in said and "redis.log" in said
     assert not processes_of(home)
+
+
+def test_a_killed_api_is_started_again_at_its_address(start_up: StartUp, home: Path) -> None:
+    up, client = start_up()
+    (api,) = [p for p in processes_of(home) if "trainmaster.serve" in p.cmdline()]
+    wait_until(lambda: time.time() - api.create_time() > RESTART_SECONDS + 2)  # it is told to whole seconds
+    api.kill()
+    assert client.jobs()["data"] == []  # who called meanwhile waited
+    assert up.poll() is None
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+IPV6 = pytest.param("::", marks=pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6"))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", IPV6, "localhost"])
+def test_a_stack_starts_wherever_it_listens_and_says_how_to_reach_it(
+    start: Start, home: Path, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAINMASTER_URL", "http://box:8000")
+    key = run("keys", "create", "me").stdout.strip()
+    up = start("up", "--host", host, "--port", "0")
+    url = line(up, "trainmaster is up at ").split()[4]
+    with Client(url, key) as client:
+        assert client.jobs()["data"] == []
 
 
 @pytest.mark.slow
