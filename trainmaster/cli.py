@@ -20,6 +20,7 @@ from rich.console import Console
 from gptcore.spec import DataSpec, SpecError
 from trainmaster.client import Client, TrainmasterError
 from trainmaster.mistake import Mistake
+from trainmaster.sample import MAX_TOKENS, PROMPT, SEED, TEMPERATURE
 from trainmaster.tables import facts, job_table, jobs_table, keys_table, plan_table, workers_table
 from worker.settings import BadSetting, Settings
 
@@ -66,12 +67,12 @@ def api(
     """Start only the API."""
     if _redis_is_given():
         from trainmaster.serve import listen, serve
-        from worker.keyring import KeyRing
 
-        redis_url = Settings.from_environment().redis_url
-        if first_key:
-            KeyRing(redis_url).create_first(first_key)
-        serve(listen(host, port, redis_url))
+        with _keyring() as ring:
+            if first_key:
+                ring.create_first(first_key)
+            listener = listen(host, port, Settings.from_environment().redis_url)
+        serve(listener)
     elif first_key:
         raise Mistake("--first-key goes with TRAINMASTER_REDIS_URL; use trainmaster keys create")
     else:
@@ -114,6 +115,8 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Make a dataset on this machine. Interrupted, it goes on where it stopped."""
+    import httpx2
+
     from gptcore.prepare import adopt_shards
     from gptcore.sources import hub_files, local_files
     from trainmaster.prepare import run_prepare
@@ -135,8 +138,8 @@ def prepare(
             paths = text or jsonl or parquet or []
             source = hub_files(hub, files, field) if hub else local_files(given[0], paths, field)
             dataset = run_prepare(datasets, name, source, tokenizer, val_fraction, max_tokens, errors)
-    except (FileNotFoundError, ValueError) as error:
-        raise Mistake(str(error)) from error
+    except (OSError, ValueError, httpx2.TransportError) as error:  # a file, a spec, the Hub
+        raise Mistake(f"{hub}: {error}" if hub else str(error)) from error
     if as_json:
         typer.echo(dataset.model_dump_json())
         return
@@ -180,6 +183,8 @@ def create_key(
     as_json: AsJson = False,
 ) -> None:
     """Make a key and print it, once. From the first key on, the server asks for one."""
+    if not name.strip():
+        raise typer.BadParameter("a key needs a name, by which it is known in the list", param_hint="NAME")
     with _keyring() as ring:
         key, text = ring.create(name, scope)
     if as_json:
@@ -221,9 +226,9 @@ def _keyring() -> Iterator[KeyRing]:
 @app.command("list")
 def list_jobs(
     status: Annotated[str | None, typer.Option(help="only jobs of this status")] = None,
-    kind: Annotated[str | None, typer.Option(help="only jobs of this kind")] = None,
+    kind: Annotated[Literal["train", "prepare", "eval", "publish"] | None, typer.Option(help="only such jobs")] = None,
     label: Annotated[str | None, typer.Option(help="only jobs with this label, key=value")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="at most so many, newest first")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="at most so many, newest first")] = 20,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
@@ -269,10 +274,10 @@ def delete(job: JobId, url: Url = None) -> None:
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(metavar="JOB", help="a job's id, an exported folder, or hf://owner/name")],
-    prompt: Annotated[str, typer.Option(help="what the text begins with")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="to write at most")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time")] = 0.8,
-    seed: Annotated[int, typer.Option(help="the same one writes the same text")] = 0,
+    prompt: Annotated[str, typer.Option(help="what the text begins with")] = PROMPT,
+    max_tokens: Annotated[int, typer.Option(min=1, help="to write at most")] = MAX_TOKENS,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time")] = TEMPERATURE,
+    seed: Annotated[int, typer.Option(help="the same one writes the same text")] = SEED,
 ) -> None:
     """Let an exported model write, by stock transformers on this machine."""
     options = {"--prompt": prompt, "--max-tokens": max_tokens, "--temperature": temperature, "--seed": seed}
@@ -301,8 +306,12 @@ def resume(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
 @app.command("continue")
 def continue_job(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Go on from the last checkpoint of a run that failed or was cancelled, as a new job."""
-    overrides = {"init_from": {"source": job, "optimizer": True}}
-    _show(Client(url).submit({"from": job, "overrides": overrides}), as_json, _status)
+    client, overrides = Client(url), {"init_from": {"source": job, "optimizer": True}}
+    if (status := client.job(job)["status"]) not in ("failed", "cancelled"):
+        more = json.dumps({"from": job, "overrides": {"max_steps": "N", **overrides}})
+        way_out = f"for N steps submit {more}" if status == "succeeded" else "pause and resume it, or cancel it first"
+        raise Mistake(f"{job} is {status}; {way_out}")
+    _show(client.submit({"from": job, "overrides": overrides}), as_json, _status)
 
 
 def _show(answer: Any, as_json: bool, readable: Callable[[Any], Any]) -> None:
@@ -323,7 +332,7 @@ def main() -> None:
     except SpecError as error:
         for problem in error.problems:
             _complain(f"{problem.pointer or '/'}: {problem.message}")
-    except (Mistake, TrainmasterError, BadSetting) as error:
+    except (Mistake, TrainmasterError, BadSetting, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         _complain(str(error))
     else:
         return
@@ -369,9 +378,10 @@ def _read_spec(file: str) -> dict[str, Any]:
         return fetch_spec(file)
     try:
         spec = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text())
+        json.dumps(spec, allow_nan=False, ensure_ascii=False).encode()  # Python reads more than JSON has
     except OSError as error:
         raise Mistake(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Mistake(f"{file} is not JSON: {error}") from error
     if not isinstance(spec, dict):
         raise Mistake(f"{file} holds a {type(spec).__name__}, not a JSON object")

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from typing import Any, Self, cast
+from urllib.parse import quote
 
 import httpx2
 
@@ -50,19 +51,24 @@ class TrainmasterError(Exception):
 class Client:
     """`url` is the server's; by default TRAINMASTER_URL's, else that of a local `trainmaster up`.
 
-    `api_key` is needed once the server has keys; by default TRAINMASTER_API_KEY's.
+    `api_key` is needed once the server has keys; by default TRAINMASTER_API_KEY's. Raises TrainmasterError
+    for what can be neither.
     """
 
     def __init__(self, url: str | None = None, api_key: str | None = None):
         settings = Settings.from_environment()
         self.url = (url or settings.url).rstrip("/")
         key = api_key or settings.api_key
-        self._http = httpx2.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {key}"} if key else None,
-            timeout=httpx2.Timeout(30.0, connect=5.0),
-            trust_env=not _is_loopback(self.url),  # a proxy cannot reach this machine's own server
-        )
+        try:
+            self._http = httpx2.Client(
+                base_url=self.url,
+                headers={"Authorization": f"Bearer {key}"} if key else None,
+                timeout=httpx2.Timeout(30.0, connect=5.0),
+                trust_env=not _is_loopback(self.url),  # a proxy cannot reach this machine's own server
+            )
+        except (httpx2.InvalidURL, UnicodeEncodeError) as error:
+            what = "the API key" if isinstance(error, UnicodeEncodeError) else f"the URL {self.url!r}"
+            raise TrainmasterError(f"{what} cannot be used: {error}", code="bad_setting") from error
 
     def __enter__(self) -> Self:
         return self
@@ -86,7 +92,7 @@ class Client:
         return self._call("POST", "/jobs/plan", json=spec)
 
     def job(self, job_id: str) -> Json:
-        return self._call("GET", f"/jobs/{job_id}")
+        return self._call("GET", _job(job_id))
 
     def jobs(self, **filters: str | int) -> Json:
         """A page of jobs, newest first → {"data", "has_more", "next"}. `after` takes a page's `next`."""
@@ -94,19 +100,19 @@ class Client:
 
     def cancel(self, job_id: str) -> Json:
         """Ask for a job's end → the job; it ends once it is `cancelled`."""
-        return self._call("POST", f"/jobs/{job_id}/cancel")
+        return self._call("POST", f"{_job(job_id)}/cancel")
 
     def pause(self, job_id: str) -> Json:
         """Have a job save a checkpoint and wait → the job; it waits once it is `paused`."""
-        return self._call("POST", f"/jobs/{job_id}/pause")
+        return self._call("POST", f"{_job(job_id)}/pause")
 
     def resume(self, job_id: str) -> Json:
         """Queue a paused job again → the job."""
-        return self._call("POST", f"/jobs/{job_id}/resume")
+        return self._call("POST", f"{_job(job_id)}/resume")
 
     def delete(self, job_id: str) -> None:
         """Delete a job that has ended, with its run directory."""
-        self._call("DELETE", f"/jobs/{job_id}")
+        self._call("DELETE", _job(job_id))
 
     def workers(self) -> list[Json]:
         """Every node known, with its slots and who has them."""
@@ -114,7 +120,7 @@ class Client:
 
     def metrics(self, job_id: str, **query: Any) -> Json:
         """A run's curves → {"job_id", "last_event_id", "series": {key: {"step": [], "value": []}}}."""
-        return self._call("GET", f"/jobs/{job_id}/metrics", params=query)
+        return self._call("GET", f"{_job(job_id)}/metrics", params=query)
 
     def compare(self, *job_ids: str, **query: Any) -> Json:
         """Several runs on one axis (`by`: step, tokens, seconds), what differs in their specs, and where they part."""
@@ -125,11 +131,11 @@ class Client:
 
         Reconnects where it left off: no event is missed or seen twice.
         """
-        return (json.loads(data) for data in self._follow(f"/jobs/{job_id}/events", after))
+        return (json.loads(data) for data in self._follow(f"{_job(job_id)}/events", after))
 
     def log(self, job_id: str) -> Iterator[str]:
         """What a job's trainers print, from the newest attempt's last MiB on, until the job has ended."""
-        return self._follow(f"/jobs/{job_id}/logs")
+        return self._follow(f"{_job(job_id)}/logs")
 
     def _follow(self, path: str, after: str | None = None) -> Iterator[str]:
         """A stream's data, over reconnections."""
@@ -166,8 +172,11 @@ class Client:
                 trial.failed(_unreachable(error))
                 continue
             if response.is_success:
-                answer: Json = response.json() if response.content else {}
-                return answer
+                try:
+                    return cast(Json, response.json() if response.content else {})
+                except ValueError as error:
+                    why = f"{self.url}{path} answers what is no JSON; is the URL a Trainmaster server's?"
+                    raise TrainmasterError(why, status=response.status_code, code="no_json") from error
             trial.failed(_refusal(response))
 
 
@@ -184,6 +193,10 @@ class _Trial:
             raise error
         time.sleep(self._pause)
         self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+
+
+def _job(job_id: str) -> str:
+    return f"/jobs/{quote(job_id, safe='')}"
 
 
 def _unreachable(why: object) -> TrainmasterError:

@@ -5,12 +5,15 @@ A process of its own, so that what loads here loads anywhere: no code of ours ta
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+PROMPT, MAX_TOKENS, TEMPERATURE, SEED = "", 200, 0.8, 0  # the command line's too
 
 
 def sample(model_name: str, prompt: str, max_tokens: int, temperature: float, seed: int, stream: bool) -> str:
@@ -26,8 +29,8 @@ def sample(model_name: str, prompt: str, max_tokens: int, temperature: float, se
     model: Any = AutoModelForCausalLM.from_pretrained(model_name)
     context = model.config.max_position_embeddings
     given = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else torch.tensor([[tokenizer.bos_token_id]])
-    max_tokens = min(max_tokens, context - 1)
-    given = given[:, -(context - max_tokens) :]  # the oldest tokens of a long prompt do not count
+    given = given[:, -(context - 1) :]  # the oldest tokens of a prompt too long do not count
+    max_tokens = min(max_tokens, context - given.shape[1])
     torch.manual_seed(seed)
     tokens = model.generate(
         given, attention_mask=torch.ones_like(given), pad_token_id=tokenizer.eos_token_id,
@@ -37,19 +40,18 @@ def sample(model_name: str, prompt: str, max_tokens: int, temperature: float, se
     return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m trainmaster.sample", description=__doc__)
-    parser.add_argument("model", help="a folder, or owner/name on the Hub")
-    parser.add_argument("--prompt", default="def ")
-    parser.add_argument("--max-tokens", type=int, default=160)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="the whole text at the end, as JSON")
-    asked = parser.parse_args()
-    text = sample(asked.model, asked.prompt, asked.max_tokens, asked.temperature, asked.seed, not asked.json)
-    if asked.json:
+def main(
+    model: str, prompt: str = PROMPT, max_tokens: int = MAX_TOKENS, temperature: float = TEMPERATURE, seed: int = SEED,
+    as_json: Annotated[bool, typer.Option("--json", help="the whole text at the end, as JSON")] = False,
+) -> None:  # fmt: skip
+    """Let the model of a folder, or of owner/name on the Hub, write."""
+    try:
+        text = sample(model, prompt, max_tokens, temperature, seed, not as_json)
+    except OSError as error:  # no such repository, or the Hub is out of reach
+        sys.exit(f"{model}: {error}")
+    if as_json:
         sys.stdout.write(json.dumps({"sample": text}) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx2
@@ -65,6 +67,17 @@ def test_what_is_no_spec_at_all_is_named(home: Path, stdin: str, said: str) -> N
     assert said in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("stdin", "said"),
+    [('{"a": NaN}', "not JSON compliant"), (r'{"a": "\ud800"}', "surrogates"), ("[" * 100_000, "recursion depth")],
+)
+def test_what_python_reads_but_is_no_json_is_named(home: Path, stdin: str, said: str) -> None:
+    for command in ("plan", "submit"):
+        done = run(command, "-", stdin=stdin)
+        assert done.returncode == 1
+        assert done.stderr.startswith("- is not JSON: ") and said in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_missing_file_is_named(home: Path) -> None:
     done = run("plan", "no-such.json")
     assert (done.returncode, done.stderr) == (1, "no-such.json cannot be read: No such file or directory\n")
@@ -108,6 +121,68 @@ def test_a_setting_that_cannot_be_is_named(home: Path, monkeypatch: pytest.Monke
     assert done.stderr.startswith("TRAINMASTER_DEVICE 'tpu': input should be 'auto', 'cpu' or 'cuda'")
 
 
+NOT_TO_BE_USED: dict[str, tuple[dict[str, str], list[str], str]] = {
+    "a server's URL": ({"URL": "http://a:b:c"}, ["list"], "the URL 'http://a:b:c' cannot be used"),
+    "a key": ({"API_KEY": "ключ"}, ["list"], "the API key cannot be used"),
+    "no Redis URL": ({"REDIS_URL": "foo"}, ["up"], "Redis at foo,"),
+    "no Redis URL for an API": ({"REDIS_URL": "foo"}, ["api", "--port", "0"], "Redis at foo,"),
+    "no Redis there": ({"REDIS_URL": "redis://:secret@127.0.0.1:1/0"}, ["keys", "list"], "Redis at 127.0.0.1:1/0,"),
+    "no Redis there for an API": (
+        {"REDIS_URL": "redis://127.0.0.1:1/0?password=secret"},
+        ["api", "--host", "0.0.0.0", "--port", "0"],
+        "127.0.0.1:1/0, as TRAINMASTER_REDIS_URL has it, cannot be used: Error 111",
+    ),
+    "a home that is a file": ({"HOME": "/etc/passwd"}, ["up"], "Not a directory: '/etc/passwd/logs'"),
+    "the Hub's dataset": ({}, ["prepare", "mine", "--hub", "me/mine"], "me/mine: "),
+    "the Hub's model": ({}, ["sample", "hf://me/mine"], "me/mine: "),
+}
+
+
+@pytest.mark.parametrize(("variables", "command", "said"), NOT_TO_BE_USED.values(), ids=NOT_TO_BE_USED)
+def test_what_cannot_be_used_is_named_at_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], command: list[str], said: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(f"TRAINMASTER_{name}", value)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", str(int("sample" in command)))  # transformers knocks for 50 s
+    done = run(*command)
+    assert done.returncode == 1, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr and "secret" not in done.stderr, done.stderr
+
+
+def test_a_wrong_redis_password_and_a_place_for_no_key_are_named(
+    home: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAINMASTER_REDIS_URL", redis_url)
+    api = ["api", "--host", "0.0.0.0", "--port", "0"]
+    done = run(*api, "--first-key", "/nonexist/key")
+    assert (done.returncode, done.stderr) == (1, "[Errno 2] No such file or directory: '/nonexist/key'\n")
+    monkeypatch.setenv("TRAINMASTER_REDIS_URL", redis_url.replace("//", "//me:secret@"))
+    done = run(*api)
+    assert done.returncode == 1 and "cannot be used: " in done.stderr and "secret" not in done.stderr, done.stderr
+
+
+def test_an_answer_that_is_no_json_is_said_to_be_none(home: Path) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for command in (["list"], ["show", "job-0"], ["watch", "job-0"]):
+            done = run(*command, "--url", url)
+            assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert f"{url}/jobs answers what is no JSON" in run("list", "--url", url).stderr
+        server.shutdown()
+
+
 def test_prepare_takes_rows_and_shards_too(home: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"body": f"row {i} of many"}) + "\n" for i in range(200)))
@@ -127,6 +202,7 @@ def test_prepare_wants_one_source(home: Path, tmp_path: Path) -> None:
 def test_keys_are_made_listed_and_revoked(home: Path) -> None:
     made = run("keys", "create", "me", "--scope", "admin")
     assert made.returncode == 0 and made.stdout.startswith("tm_"), made.stderr
+    assert "needs a name" in run("keys", "create", " ").stderr
     (listed,) = json.loads(run("keys", "list", "--json").stdout)
     assert (listed["name"], listed["scope"]) == ("me", "admin")
     assert made.stdout.strip().split("_")[1] == listed["id"] and "sha256" not in listed

@@ -16,6 +16,7 @@ from tests.gptcore.conftest import randomised, tiny_model
 from tests.gptcore.hub_models import ModelHub, Repo
 from tests.trainmaster.conftest import Start, run
 from tests.trainmaster.test_cli import demo_spec
+from trainmaster.sample import sample
 
 
 @pytest.fixture
@@ -57,6 +58,16 @@ def test_a_model_writes_as_it_goes_on_from_the_prompt(home: Path, start: Start) 
     assert len(process.stdout.read()) > 300 and process.wait(60) == 0
     again = [run("sample", str(export), "--max-tokens", "20", "--seed", seed).stdout for seed in ("1", "1", "2")]
     assert again[0] == again[1] != again[2]
+
+
+def test_a_prompt_counts_though_more_is_asked_for_than_the_context_holds(tmp_path: Path) -> None:
+    model = randomised(tiny_model("llama", vocab_size=256, block_size=32))
+    export_model(tmp_path / "e", model.spec, {k: p.detach() for k, p in model.named_parameters()}, "bytes")
+    prompt = "def f(x): return"
+    for asked in (10, 200):
+        written = sample(str(tmp_path / "e"), prompt, asked, 0.0, 0, stream=False)
+        assert written.startswith(prompt) and len(written) > len(prompt)
+    assert sample(str(tmp_path / "e"), "x" * 40 + prompt, 200, 0.0, 0, stream=False).startswith("x" * 15 + prompt)
 
 
 def test_a_job_without_an_export_cannot_be_sampled(home: Path) -> None:

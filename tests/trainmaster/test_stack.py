@@ -82,7 +82,10 @@ def test_a_job_goes_through_the_stack_by_command(start_up: StartUp, home: Path, 
     assert refused.returncode == 1
     assert refused.stderr.startswith("/tokens_per_step: tokens_per_step 100 is not a multiple")
     done = run("continue", job_id, *url)
-    assert done.returncode == 1 and done.stderr.startswith("/max_steps: max_steps 4 is not beyond")
+    assert done.returncode == 1 and done.stderr.startswith(f"{job_id} is succeeded; for N steps submit ")
+    more = done.stderr.partition("submit ")[2]
+    done = run("submit", "-", *url, stdin=more.replace('"N"', "4"))
+    assert done.returncode == 1 and done.stderr.startswith("/overrides/max_steps: max_steps 4 is not beyond")
     too_late = run("pause", job_id, *url)
     assert too_late.returncode == 1 and f"{job_id} is succeeded; only a job that waits or runs" in too_late.stderr
     assert run("delete", job_id, *url).stdout == f"{job_id} deleted\n"

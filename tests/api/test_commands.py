@@ -1,0 +1,52 @@
+"""The command line against a real server."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+
+from gptcore.events import Scored
+from tests.api.server import FakeRun, Server
+from tests.trainmaster.conftest import run as command
+
+
+def test_results_that_are_no_numbers_are_shown_and_watched(server: Server, run: FakeRun) -> None:
+    results = {"val_loss": math.nan, "acc": math.inf}
+    run.write(Scored(step=3, task="val_loss", results=results, items=1, seconds=0.1))
+    run.end(results=results)
+    for verb in ("show", "watch"):
+        done = command(verb, run.id, "--url", server.url)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "nan" in done.stdout and "inf" in done.stdout
+
+
+def test_only_what_failed_or_was_cancelled_is_continued(server: Server, new_run: Callable[..., FakeRun]) -> None:
+    run = new_run()
+    refused = command("continue", run.id, "--url", server.url)
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        f"{run.id} is running; pause and resume it, or cancel it first\n",
+    )
+    run.end()
+    refused = command("continue", run.id, "--url", server.url)
+    said, _, more = refused.stderr.partition("submit ")
+    assert said == f"{run.id} is succeeded; for N steps "
+    assert json.loads(more)["overrides"]["init_from"] == {"source": run.id, "optimizer": True}
+    failed = new_run()
+    failed.end("failed")
+    assert "has no checkpoint yet" in command("continue", failed.id, "--url", server.url).stderr
+
+
+@pytest.mark.parametrize("job", ["../healthz", "job-0?x=1", "job-0#x"])
+def test_an_id_is_no_path(server: Server, job: str) -> None:
+    done = command("show", job, "--url", server.url)
+    assert done.returncode == 1 and job in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_what_a_list_may_be_asked_for_is_said_before_it_is_asked() -> None:
+    for wrong, right in (("--limit=101", "equal to 100"), ("--kind=trian", "'train'")):
+        done = command("list", wrong)
+        assert done.returncode == 2 and right in done.stderr, done.stderr
