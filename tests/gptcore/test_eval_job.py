@@ -14,7 +14,7 @@ import pytest
 from gptcore.events import Evaluated, Failed, Finished, Scored
 from gptcore.prepare import prepare
 from gptcore.rundir import RunDir, write_atomically
-from gptcore.sources import text_files
+from gptcore.sources import jsonl_files
 from gptcore.spec import parse_spec
 from tests.gptcore.conftest import Trainers, prepare_small, tiny_spec
 from tests.gptcore.hellaswag_items import write_items, write_task
@@ -29,8 +29,8 @@ def evaluated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with HellaSwag's items, the harness's task "hellaswag_local" and a finished run "source"."""
     home = tmp_path_factory.mktemp("evaluating")
     prepare_small(home / "datasets")
-    (home / "short.txt").write_text("\n".join(f"line {i}" for i in range(20)))
-    prepare(home / "datasets", "short", text_files([home / "short.txt"] * 1), "bytes", val_fraction=0.5)
+    (home / "rows.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(20)))
+    prepare(home / "datasets", "short", jsonl_files([home / "rows.jsonl"], "text"), "bytes", val_fraction=0.5)
     write_task(home / "datasets" / "lm_eval", write_items(home / "datasets", val=40))
     model = {"preset": "llama-tiny", "block_size": 128, "n_layer": 2, "n_embd": 32, "n_head": 4}
     done = Trainers(home, home / "runs")(tiny_spec(model=model), "source")
