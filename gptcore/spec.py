@@ -27,6 +27,8 @@ TASK = r"^(val_loss|hellaswag(@\d{1,2})?|lm_eval:[\w.,/-]{1,200}(@\d{1,3})?)$"
 _PART = "[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 SOURCE = rf"^(?!hf://)|^hf://({_PART}/)?{_PART}(@[A-Za-z0-9._/-]+)?$"
 REPO = rf"^(?!.*(--|\.\.|\.git$)){_PART}/{_PART}$"
+# levels of pydantic's own in the place of an error
+INNER = re.compile(r"(literal|function)\W|(constrained-)?(int|bool|str|float)$")
 
 
 class Problem(BaseModel, frozen=True):
@@ -70,7 +72,7 @@ def _hub_accepts(repo: str) -> str:
 
 def _hub_address(source: str) -> str:
     if not re.match(SOURCE, source):
-        raise ValueError(f"source {source!r} is no address on the Hub; use hf://owner/name or hf://owner/name@revision")
+        raise ValueError(f"source {source!r} is no address on the Hub; use hf://owner/name, with @revision if you like")
     return source
 
 
@@ -86,9 +88,8 @@ def _stay_inside(path: str) -> str:
     return path
 
 
-Source = Annotated[
-    str, Field(min_length=1, max_length=500, json_schema_extra={"pattern": SOURCE}), AfterValidator(_hub_address)
-]
+_SHOWN: dict[str, Any] = {"pattern": SOURCE}
+Source = Annotated[str, Field(min_length=1, max_length=500, json_schema_extra=_SHOWN), AfterValidator(_hub_address)]
 Task = Annotated[str, Field(json_schema_extra={"pattern": TASK})]
 Tasks = Annotated[tuple[Task, ...], Field(max_length=100), AfterValidator(_known_tasks)]
 
@@ -403,11 +404,7 @@ def problems_of(errors: list[Any], root: tuple[str, ...] = ()) -> list[Problem]:
             path = path[len(root) :]
         if path and path[0] in KINDS:  # the discriminator's own level is not in the document
             path = path[1:]
-        path = [
-            p
-            for p in path
-            if not (isinstance(p, str) and re.match(r"^(literal|function)\W|^(constrained-)?(int|bool|str|float)$", p))
-        ]
+        path = [p for p in path if not (isinstance(p, str) and INNER.match(p))]
         if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
             path.append("kind")
         if error["type"] == "value_error":  # a check of several fields says first which one to change

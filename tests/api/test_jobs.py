@@ -154,7 +154,7 @@ def test_first_weights_are_looked_at_before_a_job_is_queued(http: httpx2.Client,
     checkpoint.mkdir(parents=True)
     (error,) = http.post("/jobs", json=spec).json()["errors"]
     assert error["pointer"] == "/init_from/source" and "has no checkpoint yet" in error["message"]
-    (checkpoint / "state.json").write_text(json.dumps({"sizes": {}, "spec": {"model": model}}))
+    (checkpoint / "state.json").write_text(json.dumps({"sizes": {}, "spec": {"model": model, "optim": {"name": "adamw"}}}))
     assert http.post("/jobs", json=spec).status_code == 201
     (error,) = http.post("/jobs", json=spec | {"model": spec["model"] | {"n_layer": 3}}).json()["errors"]
     assert "n_layer is 4 there, 3 here" in error["message"]
@@ -172,7 +172,7 @@ def test_who_resumes_a_job_that_ended_is_told_how_to_go_on_from_its_checkpoint(
     assert "is no job with a run directory" in http.post("/jobs", json=json.loads(body)).json()["detail"]
     checkpoint = settings.runs / job["id"] / "checkpoints" / "step-00000004-a0001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps({"sizes": {}, "spec": {"model": job["spec"]["model"]}}))
+    (checkpoint / "state.json").write_text(json.dumps({"sizes": {}, "spec": job["spec"]}))
     more = http.post("/jobs", json=json.loads(body))
     assert more.status_code == 201
     changed = more.json()["spec"]["init_from"]

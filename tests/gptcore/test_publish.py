@@ -176,6 +176,7 @@ def test_a_published_model_is_evaluated_from_the_hub(hub: Hub) -> None:
     assert scored[1].items == 200
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_tried_again_it_is_one_commit(hub: Hub, tmp_path: Path) -> None:
     run = job(hub, "killed")
     hub.state.hold.clear()
@@ -250,6 +251,7 @@ if "gptcore.publish_job" in sys.orig_argv:
 """
 
 
+@pytest.mark.slow
 def test_an_export_that_reads_text_otherwise_is_stopped_at_the_gate(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(BREAK_TOKENIZER)  # only letters that English has not
     failed = hub.publish(job(hub, "misread"), PYTHONPATH=str(tmp_path))[-1]

@@ -46,6 +46,7 @@ def test_a_repository_without_a_spec_is_named(home: Path, repos: dict[str, Repo]
     assert done.returncode == 1 and "404" in done.stderr and "trainmaster.json" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_writes_as_it_goes_on_from_the_prompt(home: Path, start: Start) -> None:
     model = randomised(tiny_model("llama", vocab_size=256, block_size=1024))
     export = home / "runs" / "job-1" / "export"

@@ -139,6 +139,7 @@ def test_a_part_that_dies_ends_the_stack_and_its_log_says_why(start_up: StartUp,
     assert not processes_of(home)
 
 
+@pytest.mark.slow
 def test_a_killed_api_is_started_again_at_its_address(start_up: StartUp, home: Path) -> None:
     up, client = start_up()
     (api,) = [p for p in processes_of(home) if "trainmaster.serve" in p.cmdline()]
