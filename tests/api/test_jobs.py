@@ -154,7 +154,9 @@ def test_first_weights_are_looked_at_before_a_job_is_queued(http: httpx2.Client,
     checkpoint.mkdir(parents=True)
     (error,) = http.post("/jobs", json=spec).json()["errors"]
     assert error["pointer"] == "/init_from/source" and "has no checkpoint yet" in error["message"]
-    (checkpoint / "state.json").write_text(json.dumps({"sizes": {}, "spec": {"model": model, "optim": {"name": "adamw"}}}))
+    (checkpoint / "state.json").write_text(
+        json.dumps({"sizes": {}, "spec": {"model": model, "optim": {"name": "adamw"}}})
+    )
     assert http.post("/jobs", json=spec).status_code == 201
     (error,) = http.post("/jobs", json=spec | {"model": spec["model"] | {"n_layer": 3}}).json()["errors"]
     assert "n_layer is 4 there, 3 here" in error["message"]
