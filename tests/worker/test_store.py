@@ -585,6 +585,23 @@ def test_a_node_without_the_runs_files_cannot_claim_it(store: Store) -> None:
     assert not store.claim(ticket, "boot", "two") and store.claim(ticket, "boot", "one")
 
 
+def test_a_job_that_found_no_room_goes_where_there_may_be_some(store: Store) -> None:
+    store.register_node(node("a", 1).model_copy(update={"runs_root": "one"}))
+    job_id = submit(store)
+    assert store.reserve("default") == 1 and store.claim(store.outbox()[0], "boot", "one")
+    store.lose(job_id, 1, 0, JobError(reason="disk_full", message="no room"), who="t")
+    store.register_node(node("b", 1).model_copy(update={"runs_root": "two"}))
+    store._redis.hset(KEYS["job"] + job_id, "not_before", store._now() - 1)
+    assert store.reserve("default") == 1
+    assert store.get_job(job_id).nodes[0].node == "b"
+    assert store.claim(store.outbox()[-1], "boot", "two")
+
+
+def test_a_job_of_a_pool_that_nobody_serves_says_so(store: Store) -> None:
+    job_id = submit(store, resources={"pool": "tpyo"})
+    assert store.get_job(job_id).status_reason == "waits for a worker of pool tpyo"
+
+
 def test_after_redis_was_away_nothing_is_placed_before_who_runs_could_say_so(store: Store) -> None:
     store.register_node(node("a", 1))
     submit(store)

@@ -23,6 +23,7 @@ for index = 3, #ARGV do
   if made.parent ~= '' then redis.call('HSET', job, 'parent_job_id', made.parent) end
   if not parent or parent == 'succeeded' then
     enqueue(id)
+    redis.call('HSET', job, 'status_reason', 'waits for a worker of pool ' .. redis.call('HGET', job, 'pool'))
   elseif TERMINAL[parent] then
     move(id, 'cancelled', 'scheduler', 'its parent ' .. made.parent .. ' is ' .. parent)
   else

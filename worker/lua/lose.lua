@@ -45,6 +45,11 @@ for _, id in ipairs(order) do
       -- the first time at once; what fails again and again must not keep a node busy with failing
       local pause = failures > 1 and math.min(60, 2 ^ failures) or 0
       if why.reason == 'disk_full' then pause = 20 end  -- somebody may be making space
+      if why.reason == 'disk_full' and most == 0 and redis.call('EXISTS', K.events .. id) == 0 then
+        redis.call('HDEL', job, 'root')  -- nothing was written there: another machine may have room
+        local taken = cjson.decode(redis.call('HGET', job, 'nodes'))[1].slot
+        redis.call('ZADD', K.deaf, time + pause + deaf_seconds, taken)
+      end
       redis.call('HSET', job, 'not_before', stamp(time + pause))
       local later = pause > 0 and ', tried again in ' .. pause .. ' s' or ''
       conclude(id, 'recovering', who, 'attempt ' .. current .. ': ' .. why.message .. later)
