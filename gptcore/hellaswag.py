@@ -129,12 +129,12 @@ def harness_questions(
     return questions
 
 
-def completion_questions(items: Sequence[Item], encode: Callable[[str], list[int]], eot: int) -> list[Question]:
+def completion_questions(items: Sequence[Item], encode: Callable[[str], list[int]]) -> list[Question]:
     questions = []
     start = len(encode(""))  # of what some put in front of every text, and belongs to the context alone
     for item in items:
         endings = [encode(" " + ending)[start:] for ending in item["endings"]]
-        questions.append(Question(encode(item["ctx"]) or [eot], endings, [len(e) for e in endings], int(item["label"])))
+        questions.append(Question(encode(item["ctx"]), endings, [len(e) for e in endings], int(item["label"])))
     return questions
 
 
@@ -246,7 +246,7 @@ def evaluate(
     scores = score(harness_questions(items, scorer.encode, drawn), scorer, dist, between)
     results = {f"hellaswag_acc_norm{suffix}": scores.accuracy}
     if not examples:
-        questions = completion_questions(items, scorer.encode, scorer.eot)
+        questions = completion_questions(items, scorer.encode)
         results["hellaswag_completion"] = score(questions, scorer, dist, between).accuracy
     stderr = {name: math.sqrt(p * (1 - p) / max(1, len(items) - 1)) for name, p in results.items()}
     seconds = time.perf_counter() - began

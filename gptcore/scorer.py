@@ -29,7 +29,6 @@ class Scorer:
     loss: Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) → mean ()
     block_size: int
     vocab_size: int
-    eot: int
     packs: bool
     device: torch.device
 
@@ -47,7 +46,7 @@ def score_ours(model: GPT, tokenizer: Tokenizer, device: torch.device) -> Scorer
     assert spec.vocab_size is not None
     return Scorer(
         lambda text: tokenizer.encode(text).tolist(), logits_at, model, spec.block_size, spec.vocab_size,
-        tokenizer.eot, packs=True, device=device,
+        packs=True, device=device,
     )  # fmt: skip
 
 
@@ -69,5 +68,5 @@ def score_folder(folder: Path, device: torch.device) -> Scorer:
 
     return Scorer(
         tokenizer.encode, logits_at, loss, getattr(config, "max_position_embeddings", NO_LIMIT), config.vocab_size,
-        config.bos_token_id or 0, packs=False, device=device,
+        packs=False, device=device,
     )  # fmt: skip

@@ -90,7 +90,7 @@ def test_hellaswag_contexts_shared_by_endings_change_no_score(family: str) -> No
 def test_hellaswag_completion_takes_the_least_loss_per_token_of_raw_text() -> None:
     scorer, tokenizer = tiny_scorer("llama", "gpt2", block_size=256), load_tokenizer("gpt2")
     items = make_items(20, seed=2)
-    scores = hellaswag.score(hellaswag.completion_questions(items, scorer.encode, scorer.eot), scorer, ALONE)
+    scores = hellaswag.score(hellaswag.completion_questions(items, scorer.encode), scorer, ALONE)
     for number, item in enumerate(items):
         losses = []
         for ending in item["endings"]:
@@ -106,7 +106,7 @@ def test_hellaswag_endings_begin_with_no_mark_that_a_tokenizer_puts_before_a_tex
     def marked(text: str) -> list[int]:
         return [0, *text.encode()]
 
-    [question] = hellaswag.completion_questions(make_items(1, seed=2), marked, 0)
+    [question] = hellaswag.completion_questions(make_items(1, seed=2), marked)
     item = make_items(1, seed=2)[0]
     assert question.context == marked(item["ctx"])
     assert [bytes(ending).decode() for ending in question.endings] == [" " + ending for ending in item["endings"]]
