@@ -120,8 +120,9 @@ def submit(
     ] = None,
 ) -> Job:
     """Check a job spec and queue it: a whole one, or another job's with `overrides`."""
-    # json, for Pydantic's own cannot write a lone surrogate, which planning refuses by its field
-    body_sha256 = hashlib.sha256(json.dumps(submission.model_dump(mode="json")).encode()).hexdigest()
+    # as Pydantic writes it, which cannot write a lone surrogate: planning refuses that by its field
+    text = json.dumps(submission.model_dump(mode="json"), separators=(",", ":"), ensure_ascii=False)
+    body_sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     # before planning: a repeated request gets its first answer, whatever the pool has become since
     job = services.store.replayed_job(idempotency_key, body_sha256) if idempotency_key else None
     if job is None:

@@ -158,7 +158,7 @@ A GPT trained by Trainmaster on {dataset.source}{began}; the weights are those o
 from transformers import pipeline
 
 generate = pipeline("text-generation", "{spec.repo}")
-print(generate("Once upon a time")[0]["generated_text"])
+print(generate("Once upon a time", max_new_tokens={min(100, model.block_size // 2)})[0]["generated_text"])
 ```
 
 ## Results

@@ -41,8 +41,7 @@ def export_model(
     config = native_config(spec, tokenizer) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     _write_json(beside / "config.json", config)
     eot = config["eos_token_id"]
-    generation = {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True, "max_length": spec.block_size}
-    _write_json(beside / "generation_config.json", generation)
+    _write_json(beside / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "do_sample": True})
     write_tokenizer(beside, tokenizer, spec.block_size)
     for path in beside.iterdir():
         path.chmod(0o644)  # another user may serve or upload it

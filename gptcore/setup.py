@@ -17,7 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -90,8 +89,9 @@ def _claim(arguments: argparse.Namespace, spec: TrainSpec, rank: int) -> tuple[R
     """The run directory and this attempt's folder in it, which rank 0 makes where none is named."""
     started_by = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun: the same for all ranks
     if arguments.spec is not None:
-        # in containers one number is every first process's
-        moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(psutil.Process(started_by).create_time()))
+        # in containers one number is every first process's; torchrun's ranks must agree, and not by the second
+        port = os.environ.get("MASTER_PORT") if "RANK" in os.environ else None
+        moment = time.strftime(f"%Y%m%d-{port}" if port else "%Y%m%d-%H%M%S")
         run = RunDir(runs_root() / f"{spec.name}-{moment}-{started_by}")
     else:
         run = RunDir(arguments.run_dir.absolute())

@@ -273,10 +273,10 @@ class Trainer:
         return newest
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        meta, tokens = checkpoint.meta(), self.dataset.sha256
-        refuse_another_shape(checkpoint.path.name, self.spec.model, meta["spec"]["model"], "/model")
-        if meta.get("dataset_sha256", tokens) != tokens:
-            why = f"dataset {self.dataset.name} holds other tokens than {checkpoint.path.name} was trained on"
+        refuse_another_shape(checkpoint.path.name, self.spec.model, checkpoint.meta()["spec"]["model"], "/model")
+        began_with = (e.dataset_sha256 for e in self.run.events() if isinstance(e, events.Started))
+        if next(began_with, None) not in (None, self.dataset.sha256):
+            why = f"dataset {self.dataset.name} holds other tokens than this run began with"
             raise refusal("/data/dataset", f"{why}; bring those back, or start a new job with init_from")
         set_weights(self.model, checkpoint.weights())
         load_optimizer_tensors(self.model, self.optimizers, self.dist, checkpoint.optimizer())
@@ -308,7 +308,7 @@ class Trainer:
         self.saver.wait()
         # weights that were not saved, the disk being full, are of no use as the best
         best = math.isfinite(val_loss) and (not self.dist.first or self.saver.has(state.step))
-        best = best and (state.best_val_loss is None or val_loss < state.best_val_loss)
+        best = best and (state.best_val_loss is None or not val_loss >= state.best_val_loss)
         if best:
             state.best_val_loss, state.best_step = val_loss, state.step
         state.evaluation_owed = False
@@ -378,7 +378,7 @@ class Trainer:
             self.state.probe_loss = self._probe_loss()
             shape = {
                 "world_size": self.dist.world_size, "micro_batch_size": self.planned.micro_batch_size,
-                "precision": self.precision, "dataset_sha256": self.dataset.sha256,
+                "precision": self.precision,
             }  # fmt: skip
             self.saver.save(self.state, dict(self.model.named_parameters()), moments, shape)  # a tied one once
         self._phase("training")
@@ -390,7 +390,7 @@ class Trainer:
             return
         checkpoint = best_checkpoint(self.run, self.state)
         if name is None or checkpoint is None:
-            reason = reason or "no validation loss was a finite number"
+            reason = reason or "no checkpoint has a validation loss that is a finite number"
             self.report(events.Notice(level="warning", message=f"not exported: {reason}"))
             return
         self._phase("exporting")

@@ -89,7 +89,7 @@ class Stack:
         self._take_worker()
 
     def wait(self) -> None:
-        """Stay until a part ends (PartFailed) or a signal comes (KeyboardInterrupt)."""
+        """Stay until Redis ends, or a part again and again (PartFailed), or a signal comes (KeyboardInterrupt)."""
         while True:
             self.check()
             time.sleep(1)

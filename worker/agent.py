@@ -58,6 +58,7 @@ class Agent:
         self._doorbell: Doorbell | None = None
         self._look = True  # at the queue
         self._redis_away = False
+        self._redis_run: str | None = None  # which life of Redis it was
         self._stopping = False
 
     def run(self) -> None:
@@ -92,9 +93,10 @@ class Agent:
 
     def _serve(self) -> None:
         """One look: be known, give up what is lost, place what waits, hand over, wait for a ring."""
-        if self._redis_away:  # it may have forgotten what it said last
-            self._store.hold_off()
         if self._doorbell is None:
+            run, self._redis_run = self._redis_run, self._store.run_id()
+            if run not in (None, self._redis_run):  # it may have forgotten what it said last
+                self._store.hold_off()
             self._doorbell = self._store.doorbell()
             for what in self._store.weaknesses():
                 log.warning("Redis: %s", what)
@@ -158,11 +160,12 @@ class Agent:
 
     def _hung(self, slot_id: str, worker: psutil.Process) -> list[psutil.Process]:
         ticket = slot_lock(self._settings, slot_id).with_suffix(".ticket")
+        holder = ticket.read_text().split() if ticket.exists() else []
         with suppress(psutil.NoSuchProcess):
             if worker.status() == psutil.STATUS_STOPPED:
                 return [worker]
-            launchers = worker.children() if ticket.exists() else []
-            return [] if launchers and self._store.holds(*ticket.read_text().split()) else launchers
+            launchers = worker.children() if len(holder) == 2 else []  # a full disk may have cut it
+            return [] if launchers and self._store.holds(*holder) else launchers
         return []
 
     def _start_worker(self, slot: Slot) -> psutil.Popen:

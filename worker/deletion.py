@@ -22,7 +22,8 @@ def delete_job(store: Store, runs: Path, job_id: str) -> None:
     try:
         store.delete_job(job_id, look=True)
     except NotPossible:  # one came meanwhile
-        aside.rename(run.path)
+        if aside.exists():
+            aside.rename(run.path)
         raise
     if aside.exists():
         shutil.rmtree(aside)

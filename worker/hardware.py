@@ -10,7 +10,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-from gptcore.cgroup import memory_bytes, most_threads
+from gptcore.cgroup import memory_bytes
 from gptcore.plan import Hardware
 from worker.job import Slot
 from worker.settings import Settings
@@ -71,8 +71,6 @@ def _used_mebibytes() -> list[int]:
 def find_slots(settings: Settings, node: str) -> list[Slot]:
     """The node's slots as TRAINMASTER_SLOTS shares them out. Raises ValueError where it cannot."""
     cores, found = slot_cores(), gpus() if settings.device != "cpu" else []
-    if found or not settings.slots:  # who names cores means them
-        cores = cores[: most_threads()]
     if settings.device == "cuda" and not found:
         raise ValueError("TRAINMASTER_DEVICE is cuda, but nvidia-smi shows no GPU; use auto or cpu")
     if not found:

@@ -44,7 +44,10 @@ def run(job_id: str, attempt: int, node_rank: int, slot: str) -> None:
     store = Store(settings.redis_url, socket_timeout=2.0)
     ticket = Ticket(job_id=job_id, attempt=attempt, node_rank=node_rank, slot=slot)
     # for the agent, which ends launchers that hang
-    write_atomically(slot_lock(settings, slot).with_suffix(".ticket"), f"{job_id} {attempt}")
+    note = slot_lock(settings, slot).with_suffix(".ticket")
+    note.unlink(missing_ok=True)  # on a full disk rather none than another's
+    with suppress(OSError):
+        note.write_text(f"{job_id} {attempt}")
     boot, root, give_up_at = f"{slot}:{os.getpid()}", runs_root_id(settings), time.monotonic() + CLAIM_SECONDS
     if not patiently(lambda: store.claim(ticket, boot, root), settings.grace_seconds, give_up_at):
         log.info("%s: the ticket is no longer good", ticket.id)
@@ -184,6 +187,8 @@ class Launcher:
             # without the others no rank gets as far as a checkpoint
             tree.end_within(BROKEN_SECONDS if len(self._job.nodes) > 1 else self._settings.grace_seconds)
             while tree.alive():
+                if isinstance(error, OSError):
+                    self._hold.renew()
                 time.sleep(TICK_SECONDS)
             raise
         memory.await_return()
@@ -238,9 +243,9 @@ class Launcher:
             return
         with suppress(*AWAY, Superseded):  # the next renewal tells whether another attempt has the job
             sent = self._shipper.send("running", self._ticket.slot, ran_seconds=self._ran_seconds())
-            if 0 < sent < BATCH_EVENTS:  # more waits behind a whole batch
-                self._ship_at = time.monotonic() + SHIP_SECONDS
-            if not sent:
+            if sent:  # behind a whole batch more waits
+                self._ship_at = time.monotonic() + (SHIP_SECONDS if sent < BATCH_EVENTS else 0)
+            else:
                 self._hung = self._hung or self._shipper.progress.hang(silent_seconds, self._settings.hang_seconds)
 
     def _ship_all(self) -> None:

@@ -330,6 +330,13 @@ class Store(Connected):
         """Give slots to waiting jobs, all that a job needs or none; how many jobs were placed."""
         return int(self._run("reserve", pool, CLAIM_SECONDS, FREEZE_SECONDS, LEASE_SECONDS))
 
+    def run_id(self) -> str:
+        """Another one for each start of a Redis; empty where INFO is not permitted."""
+        try:
+            return str(self._redis.info("server")["run_id"])
+        except NoPermissionError:
+            return ""
+
     def hold_off(self) -> None:
         """Place nothing and give nothing up until who runs has had time to say so."""
         self._redis.set(KEYS["hold"], self._now() + LEASE_SECONDS)

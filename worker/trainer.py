@@ -8,6 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
+from gptcore.cgroup import most_threads
 from gptcore.spec import AnySpec, EvalSpec, TrainSpec
 from worker import processes
 from worker.job import Ticket
@@ -49,7 +50,8 @@ def environment(spec: AnySpec, settings: Settings) -> dict[str, str]:
     """This process's, with the slot's cores shared out as threads of the ranks."""
     ranks = spec.resources.ranks_per_node if isinstance(spec, TrainSpec | EvalSpec) else 1
     inherited = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
-    threads = max(1, len(slot_cores()) // ranks)
+    cores = len(slot_cores())
+    threads = max(1, min(cores, most_threads() or cores) // ranks)
     # threads that wait by spinning starve each other once anything else wants a core, and threads that sleep at once
     # wake too late for the next small product: libgomp's look a thousand times first (docs/decisions.md)
     patient = {} if "OMP_WAIT_POLICY" in inherited else {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}

@@ -1,6 +1,5 @@
 """What the run does when something harms it: bad batches, a full disk."""
 
-import json
 import math
 import os
 import subprocess
@@ -17,7 +16,18 @@ from gptcore import guard
 from gptcore.checkpoint import list_checkpoints
 from gptcore.dataset import read_dataset
 from gptcore.dist import Dist
-from gptcore.events import Evaluated, Exported, Finished, Notice, Resumed, RolledBack, Skipped, Started, Step
+from gptcore.events import (
+    Evaluated,
+    Exported,
+    Finished,
+    JsonlReport,
+    Notice,
+    Resumed,
+    RolledBack,
+    Skipped,
+    Started,
+    Step,
+)
 from gptcore.failure import Diverged
 from gptcore.plan import resolve
 from gptcore.rundir import RunDir
@@ -141,7 +151,9 @@ def test_the_best_weights_are_some_that_were_saved(harmed: Harmed, monkeypatch: 
 def test_a_loss_that_is_no_number_is_not_the_best(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptcore.train.validation_loss", lambda *_: math.nan)
     assert harmed.attempt({}).state.best_step is None
-    assert "not exported: no validation loss was a finite number" in [e.message for e in harmed.of_type(Notice)]
+    assert "not exported: no checkpoint has a validation loss that is a finite number" in [
+        e.message for e in harmed.of_type(Notice)
+    ]
 
 
 def test_a_resume_keeps_the_precision_of_its_checkpoint(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +167,10 @@ def test_a_resume_keeps_the_precision_of_its_checkpoint(harmed: Harmed, monkeypa
 
 def test_a_resume_on_other_tokens_is_refused(harmed: Harmed) -> None:
     harmed.attempt({}, stop_after=20)
-    state = list_checkpoints(harmed.run)[-1].path / "state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"dataset_sha256": "another"}))
-    with pytest.raises(SpecError, match="/data/dataset: dataset small holds other tokens than step-00000021-a0001"):
+    report = JsonlReport(harmed.run.attempt(1).events, 1)
+    report(harmed.of_type(Started)[0].model_copy(update={"dataset_sha256": "another"}))
+    report.close()
+    with pytest.raises(SpecError, match="/data/dataset: dataset small holds other tokens than this run began with"):
         harmed.attempt({})
 
 

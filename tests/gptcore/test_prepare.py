@@ -123,6 +123,13 @@ def test_an_equal_dataset_is_not_made_again(tmp_path: Path) -> None:
     assert (tmp_path / "d" / first.train.shards[0].file).stat().st_mtime_ns == stamp
 
 
+def test_a_dataset_that_an_older_version_made_is_kept(tmp_path: Path) -> None:
+    first = prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3)
+    settings = tmp_path / "d" / "settings.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"source": "v1"}))
+    assert prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3) == first
+
+
 def test_a_dataset_is_never_replaced_by_another_of_its_name(tmp_path: Path) -> None:
     first = prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3)
     with pytest.raises(ValueError, match="dataset d exists, made from other text or settings; use another name"):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from gptcore.cgroup import most_threads
 from worker.hardware import GpuMemory, find_slots, gpus
 from worker.place import node_address, runs_root_id
 from worker.settings import Settings
@@ -20,17 +19,8 @@ HOME = Settings(home=Path("/nowhere"), device="cpu")
 
 def test_by_default_one_slot_has_every_core() -> None:
     (slot,) = find_slots(HOME, "n")
-    assert slot.id == "n-0" and slot.cores == slot_cores()[: most_threads()]
+    assert slot.id == "n-0" and slot.cores == slot_cores()
     assert slot.hardware.ranks == len(slot.cores) and slot.hardware.memory_bytes
-
-
-def test_a_container_with_less_time_than_cores_gets_as_many_as_it_can_keep_busy(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("worker.hardware.most_threads", lambda: 1)
-    assert [slot.cores for slot in find_slots(HOME, "n")] == [slot_cores()[:1]]
-    named = ",".join(map(str, slot_cores()))
-    assert [slot.cores for slot in find_slots(replace(HOME, slots=named), "n")] == [[core] for core in slot_cores()]
 
 
 def test_ranges_of_cores_become_slots() -> None:

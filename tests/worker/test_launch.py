@@ -88,6 +88,16 @@ def test_one_rank_is_started_without_torchrun_and_several_ranks_or_nodes_by_it(s
         assert command(**several).endswith("-m gptcore.train run --attempt 1")
 
 
+def test_a_container_with_less_time_than_cores_gets_as_many_threads_as_it_can_keep_busy(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.trainer.slot_cores", lambda: list(range(8)))
+    for most, ranks, threads in ((None, 1, "8"), (3, 1, "3"), (3, 2, "1"), (1, 2, "1"), (16, 2, "4")):
+        monkeypatch.setattr("worker.trainer.most_threads", lambda most=most: most)
+        spec = parse_spec(train_spec(resources={"ranks_per_node": ranks}))
+        assert trainer.environment(spec, settings)["OMP_NUM_THREADS"] == threads
+
+
 def test_a_trainers_threads_wait_as_the_workers_environment_says(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +289,23 @@ def test_an_agent_at_fault_leaves_its_workers_to_the_next(fake: Settings, monkey
     for signum, handler in before.items():
         signal.signal(signum, handler)
     assert ended == []
+
+
+def test_an_agent_that_finds_redis_in_another_life_holds_off_placing(
+    store: Store, fake: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = Agent(fake)
+    for life in (None, None, "another", "another", ""):  # None: what this Redis says
+        if life is not None:
+            monkeypatch.setattr(agent._store, "run_id", lambda life=life: life)
+        agent._note_redis(redis.ConnectionError())  # as at each lost connection
+        store._redis.delete(KEYS["hold"])
+        before = agent._redis_run
+        agent._serve()
+        held = store._redis.get(KEYS["hold"]) is not None
+        assert held == (before not in (None, agent._redis_run)), (before, life)
+    assert agent._redis_run == ""
+    agent._store.close()
 
 
 @pytest.mark.slow

@@ -124,6 +124,15 @@ def test_a_job_that_no_live_node_could_run_holds_up_nobody(store: Store) -> None
     assert "with 4 ranks of pool default, 0 live" in store.get_job(too_large).status_reason
 
 
+def test_nodes_that_share_no_runs_are_no_two_nodes_for_a_job(store: Store) -> None:
+    for name in "ab":
+        store.register_node(node(name, 1).model_copy(update={"runs_root": name}))
+    wide, small = submit(store, resources={"nodes": 2}), submit(store)
+    store._redis.hset(KEYS["job"] + wide, "queued_at", store._now() - 601)
+    assert store.reserve("default") == 1 and store.get_job(small).status == "starting"
+    assert "of 2 nodes of pool default, 1 live" in store.get_job(wide).status_reason
+
+
 def test_concurrent_schedulers_never_give_a_slot_twice(store: Store, redis_url: str) -> None:
     for name in "abcd":
         store.register_node(node(name, 1, 1, 2))

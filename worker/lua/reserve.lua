@@ -59,13 +59,16 @@ end
 
 -- Says on a waiting job what it waits for, and since when that many were free → whether this pool could run it at all.
 local function explain(id, job)
-  local free, live, elsewhere = 0, 0, 0
+  local free, live, elsewhere, of_root = 0, 0, 0, {}
   for _, node in ipairs(nodes) do
     if job.root and job.root ~= node.runs_root then
       elsewhere = elsewhere + 1
     else
-      if fitting(node.free, job) then free = free + 1 end
-      if fitting(node.slots, job) then live = live + 1 end
+      local here = of_root[node.runs_root] or {free = 0, live = 0}  -- all of a job's nodes are of one
+      of_root[node.runs_root] = here
+      if fitting(node.free, job) then here.free = here.free + 1 end
+      if fitting(node.slots, job) then here.live = here.live + 1 end
+      if here.live > live or (here.live == live and here.free > free) then free, live = here.free, here.live end
     end
   end
   local slots = job.wanted == 1 and 'needs a slot' or 'needs a slot on each of ' .. job.wanted .. ' nodes'
