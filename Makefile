@@ -48,7 +48,7 @@ test-slow: setup
 	@touch $@
 
 bench: .peers/litgpt
-	.venv/bin/python benchmarks/throughput.py $(BENCH)
+	-.venv/bin/python benchmarks/throughput.py $(BENCH)
 	-.venv/bin/python benchmarks/time_to_loss.py --seeds $(SEEDS) $(if $(TEXT),--text $(TEXT))
 	-.venv/bin/python benchmarks/service_overhead.py --pairs 2 --steps 40
 

@@ -63,14 +63,16 @@ class Guard:
         try:
             headers = Headers(scope=scope)
             self._check(headers)
-            who = await run_in_threadpool(self._holder, headers, needed_scope(scope["method"], scope["path"]))
+            needed = needed_scope(scope["method"], scope["path"])
+            who = await run_in_threadpool(self._holder, headers, needed)
         except (Refusal, *AWAY) as error:
             return await refusal_of(Request(scope), error).response()(scope, receive, noting)
         scope.setdefault("state", {})["who"] = who
         try:
             await self._app(scope, receive, noting)
         finally:
-            if scope["method"] not in ("GET", "HEAD"):
+            # what is open to everyone changes nothing, and would push out what did
+            if needed is not None and scope["method"] not in ("GET", "HEAD"):
                 with suppress(*AWAY):
                     what = f"{scope['method']} {scope['path'][:200]}"
                     await run_in_threadpool(self._keys.record, who, what, str(status or 500))

@@ -217,6 +217,8 @@ def main() -> None:
     arguments.add_argument("--points", type=int, default=1_000_000)
     arguments.add_argument("--watchers", type=int, default=200)
     asked = arguments.parse_args()
+    if asked.jobs < 500:
+        arguments.error(f"--jobs {asked.jobs}: give 500 or more")
     here = machine(("fastapi", "uvicorn", "redis", "pydantic"))
     print(json.dumps(here))
     with tempfile.TemporaryDirectory() as home:

@@ -292,8 +292,14 @@ def main() -> int:
     asked.families, asked.sizes = asked.families or list(FAMILIES), asked.sizes or ["124m", "350m"]
     file = asked.json or RESULTS / f"gpu-{asked.part}.json"
     table = Table(file, PACKAGES)
+    table.machine["gpu"] = torch.cuda.get_device_name() if asked.device == "cuda" else "none"
     if asked.resume and file.exists():
-        table.rows = [row for row in json.loads(file.read_text())["rows"] if not row.get("left")]
+        before = json.loads(file.read_text())
+        there = {key: before["machine"].get(key, table.machine[key]) for key in ("cpu", "gpu", "versions")}
+        if not there.items() <= table.machine.items():
+            arguments.error(f"--resume: {file} is of another machine, {there}; give another --json")
+        commit = {"commit": before["machine"]["commit"]}
+        table.rows = [commit | row for row in before["rows"] if not row.get("left")]
     asked.done = {row["case"] for row in table.rows if "case" in row}
     PARTS[asked.part](table, asked, Budget(asked.budget_seconds, table))
     print(f"written to {file}")

@@ -1,4 +1,4 @@
-"""What the service costs: CPU beside the trainer, tokens a second against torchrun alone, and time to the first step.
+"""What the service costs: CPU beside the trainer, tokens a second against the trainer alone, the first step.
 
     python benchmarks/service_overhead.py [--part cpu|rate|start] [--json FILE] [--pairs 4] [--seconds 20]
 
@@ -95,7 +95,7 @@ class Bench:
     # --- CPU
 
     def cpu(self, spec: Json, seconds: float, target: float | None) -> None:
-        """CPU of the service's processes while a job trains and nobody watches; then while someone does."""
+        """CPU of the service's processes while a job trains and nobody watches."""
         with self.running(spec) as job_id:
             time.sleep(SETTLING_SECONDS)
             before, first, began = cpu_seconds(), self.client.job(job_id)["step"], time.monotonic()
@@ -114,7 +114,7 @@ class Bench:
     # --- tokens a second
 
     def rate(self, spec: Json, pairs: int, steps: int) -> None:
-        """Runs through the service and under torchrun alone, in turn: the ratio of their tokens a second."""
+        """Runs through the service and by the trainer's command alone, in turn: the ratio of their tokens a second."""
         spec = spec | {"max_steps": steps}
         rates, medians = [], []
         for number in range(pairs):
@@ -127,8 +127,8 @@ class Bench:
                            alone=alone[0], ratio=rates[-1])  # fmt: skip
         for what, ratios in (("tokens a second", rates), ("median step", medians)):
             middle, low, high = geometric_mean(ratios)
-            interval = f"{low:.4f} to {high:.4f}"
-            self.table.row(f"service : torchrun alone, {what}, {pairs} pairs ({interval})", middle, "ratio",
+            interval = f"{pairs} pairs ({low:.4f} to {high:.4f})" if pairs > 1 else "one pair"
+            self.table.row(f"service : the trainer alone, {what}, {interval}", middle, "ratio",
                            low=low, high=high, ratios=ratios)  # fmt: skip
 
     def _by_service(self, spec: Json) -> tuple[float, float]:

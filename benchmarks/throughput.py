@@ -276,7 +276,7 @@ def report(table: Table, preset: str, precision: str, compiled: bool, rounds: in
     table.row(f"{title}: ours against the better peer", ratio, "times", **verdict, low=min(ratios), high=max(ratios))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=RESULTS / "throughput.json")
     parser.add_argument("--rounds", type=int, default=3)
@@ -288,14 +288,15 @@ def main() -> None:
     if asked.serve:
         name, preset, precision, mode = asked.serve
         serve(name, preset, precision, mode == "compiled")
-        return
+        return 0
     table = Table(asked.json, ("torch", "transformers", "numpy"))
     for compiled in (True, False) if asked.full else (True,):
         for precision in asked.precision or TARGETS:
             for preset in asked.model or MODELS:
                 report(table, preset, precision, compiled, asked.rounds)
     print(f"written to {asked.json}")
+    return 0 if table.all_met else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -261,6 +261,8 @@ def main() -> int:
     parser.add_argument("--spec", type=Path, default=ROOT / "examples" / "nanochat-tiny.json", help="our recipe")
     parser.add_argument("--json", type=Path, default=RESULTS / "time_to_loss.json")
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: give 1 or more")
     with tempfile.TemporaryDirectory() as folder:
         text = read_text(options.text, Path(folder))
         table = Table(options.json, ["torch", "numpy"])

@@ -52,8 +52,8 @@ class KeyRing(Connected):
         return key, f"tm_{key_id}_{secret}"
 
     def create_first(self, path: Path) -> None:
-        """Where there is no key, make an admin's and leave it in a file that only its owner reads."""
-        if self.is_empty():
+        """Where there never was a key, make an admin's and leave it in a file that only its owner reads."""
+        if self.is_empty() and not self._redis.exists(KEYS["audit"]):
             path.unlink(missing_ok=True)  # of a key that a Redis now gone knew
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(self.create("first", "admin")[1] + "\n")

@@ -1,10 +1,11 @@
 /* The page: a list of runs, and one run with its curves. Data goes into the document as text, never as markup. */
 
 import { Chart, Curve, drawSparkline } from "./charts.js";
-import { Refused, ask, fileUrl, follow, setKey } from "./server.js";
+import { Refused, ask, follow, openFile, setKey } from "./server.js";
 
 const POLL_MILLISECONDS = 2000;
 const CURVE_POINTS = 4000;
+const THIN_AGAIN = 20_000; // events after which the curves are fetched anew: a page may be open for days
 const CURVES = ["train_loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_second"];
 const ENDED = ["succeeded", "failed", "cancelled"];
 
@@ -209,6 +210,7 @@ class RunView {
     this.curves = null;
     this.stream = null; // what stops it; null: poll() opens one
     this.drawn = true;
+    this.goOnKey = crypto.getRandomValues(new Uint32Array(4)).join("-"); // clicked twice it makes one job
     for (const chart of Object.values(charts)) chart.clear();
     byId("run-view").classList.add("unknown");
     byId("run-title").textContent = "";
@@ -224,6 +226,7 @@ class RunView {
     const answer = await ask(path(this.id, `/metrics?max_points=${CURVE_POINTS}&keys=${CURVES.join("&keys=")}`));
     if (view !== this) return;
     this.curves = Object.fromEntries(CURVES.map((key) => [key, Curve.from(answer.series[key])]));
+    this.taken = 0;
     this.draw();
     if (document.hidden || ENDED.includes(this.job.status)) return;
     this.follow(answer.last_event_id);
@@ -239,8 +242,9 @@ class RunView {
       });
     } catch (error) {
       if (!(error instanceof TypeError || error instanceof Refused || error.name === "AbortError")) throw error;
+    } finally {
+      if (this.stream === stream) this.stream = null; // ended or lost: poll() looks which, and opens another
     }
-    if (this.stream === stream) this.stream = null; // ended or lost: poll() looks which, and opens another
   }
 
   close() {
@@ -251,6 +255,7 @@ class RunView {
     for (const key of CURVES) if (event[key] != null) this.curves[key].put(event.step, event[key]);
     if (event.type === "evaluated") tell(`Step ${event.step}: validation loss ${loss(event.val_loss)}`);
     this.draw();
+    if (++this.taken === THIN_AGAIN) this.close(); // poll() opens it anew
   }
 
   async refresh() {
@@ -423,7 +428,8 @@ function canGoOn(job) {
 /* What is left of a run that has ended, as a new job: its page is shown. */
 async function goOn(id) {
   const overrides = { init_from: { source: id, optimizer: true } };
-  const job = await ask("/jobs", { method: "POST", body: JSON.stringify({ from: id, overrides }) });
+  const headers = { "Idempotency-Key": view.goOnKey };
+  const job = await ask("/jobs", { method: "POST", headers, body: JSON.stringify({ from: id, overrides }) });
   location.hash = job.id;
 }
 
@@ -462,7 +468,7 @@ byId("key-form").addEventListener("submit", (event) => {
 for (const link of document.querySelectorAll(".links a")) {
   link.addEventListener("click", (event) => {
     event.preventDefault();
-    attempt(async () => open(await fileUrl(link.href)));
+    attempt(() => openFile(link.href));
   });
 }
 

@@ -17,18 +17,22 @@ async function request(url, { headers, ...options } = {}) {
   // a header cannot carry every letter that someone may type; those of a real key stay as they are
   const authorization = key ? { Authorization: `Bearer ${encodeURIComponent(key)}` } : {};
   const response = await fetch(url, { cache: "no-store", ...options, headers: { ...authorization, ...headers } });
-  if (!response.ok) throw new Refused(await response.json());
+  const unknown = { detail: `The server answers ${response.status}.`, status: response.status }; // a proxy's, say
+  if (!response.ok) throw new Refused(await response.json().catch(() => unknown));
   return response;
 }
 
 export async function ask(url, options = {}) {
   const type = options.body ? { "Content-Type": "application/json" } : {};
-  return (await request(url, { ...options, headers: { Accept: "application/json", ...type } })).json();
+  const headers = { Accept: "application/json", ...type, ...options.headers };
+  return (await request(url, { ...options, headers })).json();
 }
 
-/* A file of the server as a URL that a link can open: links carry no key. */
-export async function fileUrl(url) {
-  return URL.createObjectURL(await (await request(url)).blob());
+/* Opens a file of the server: links carry no key. */
+export async function openFile(url) {
+  const local = URL.createObjectURL(await (await request(url)).blob());
+  open(local);
+  setTimeout(() => URL.revokeObjectURL(local), 60_000); // loaded by then; until then it takes memory
 }
 
 /* Calls take(type, data) for each event, until the stream ends. EventSource could carry no key. */

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -141,6 +142,26 @@ def test_the_audit_says_who_did_what(http: httpx2.Client, ring: KeyRing, store: 
     ]
     assert [outcome for _, _, outcome in said[:2]] == ["revoked", "created"]
     assert status_changes(store, run.id)[-1].who == f"key {key.id}"
+
+
+def test_nobody_without_a_key_writes_the_audit(http: httpx2.Client, ring: KeyRing) -> None:
+    ring.create("a", "read")
+    before = len(ring.audit())
+    for path in ("/", "/healthz", "/static/app.js", "/jobs"):
+        assert http.post(path).status_code in (401, 405)
+    assert len(ring.audit()) == before
+
+
+def test_the_first_key_is_made_once(ring: KeyRing, tmp_path: Path) -> None:
+    file = tmp_path / "api-key"
+    ring.create_first(file)
+    [first] = ring.all()
+    assert ring.find(file.read_text().strip()) == first
+    ring.create_first(file)
+    assert ring.all() == [first]
+    ring.revoke(first.id)
+    ring.create_first(file)  # who revokes the last key closes the server
+    assert ring.is_empty()
 
 
 def test_the_client_sends_the_key_of_the_environment(

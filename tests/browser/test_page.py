@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Request, expect
+from playwright.sync_api import Browser, Page, Request, Route, expect
 
 from gptcore.events import Sampled
 from gptcore.spec import parse_spec
@@ -183,17 +183,36 @@ def test_a_refusal_stands_until_the_next_action(
     expect(page.locator("#connection")).to_be_hidden()
 
 
+def test_a_proxys_error_ends_no_curve(page: Page, server: Server, run: FakeRun, complaints: Complaints) -> None:
+    complaints.expected = ".* status of 502"
+    feed(run, 1, 5)
+    answers = iter([502])
+
+    def answer(route: Route) -> None:
+        status = next(answers, None)
+        route.fulfill(status=status, body="<html>bad gateway</html>") if status else route.continue_()
+
+    page.route("**/metrics?after=*", answer)
+    page.goto(f"{server.url}/#{run.id}")
+    at_step(page, 5)
+    run.write(step(6))
+    at_step(page, 6)
+    assert next(answers, None) is None
+
+
 def test_a_run_that_failed_goes_on_as_a_new_job(page: Page, server: Server, run: FakeRun, store: Store) -> None:
     feed(run, 1, 5)
     checkpoint = run.directory.checkpoints / "step-00000005-a0001"
     checkpoint.mkdir(parents=True)
-    model = store.get_job(run.id).spec["model"] | {"vocab_size": 256}
-    (checkpoint / "state.json").write_text(json.dumps({"sizes": {}, "spec": {"model": model}}))
+    spec = store.get_job(run.id).spec
+    of_it = spec | {"model": spec["model"] | {"vocab_size": 256}}
+    (checkpoint / "state.json").write_text(json.dumps({"sizes": {}, "spec": of_it}))
     page.goto(f"{server.url}/#{run.id}")
     run.end("failed")
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Go on").dblclick()
     expect(page.locator("#run-status")).to_have_text("queued")
-    newest = store.list_jobs().data[0]
+    newest, *others = store.list_jobs().data
+    assert [job.id for job in others] == [run.id]
     assert page.url.endswith(f"#{newest.id}") and newest.id != run.id
     assert newest.spec["init_from"] == {"source": run.id, "optimizer": True}
 

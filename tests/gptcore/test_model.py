@@ -138,11 +138,24 @@ def test_the_loss_and_its_gradients_are_those_of_the_logits(
 
 
 @families
-def test_activation_checkpointing_changes_no_gradient(family: str) -> None:
+def test_activation_checkpointing_changes_no_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = randomised(tiny_model(family))
     saving = GPT(plain.spec, activation_checkpointing=True)
     saving.load_state_dict(plain.state_dict())
-    data = batch(plain.spec)
+    data, kept = batch(plain.spec), 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    sizes = []
+    for model in (plain, saving):
+        kept = 0
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(*data)
+        sizes.append(kept)
+    assert sizes[1] < 0.7 * sizes[0]
     assert_equal_gradients(gradients(plain, plain, data), gradients(saving, saving, data), 1e-6)
     positions, mask = torch.arange(32).expand(2, 32), torch.eye(32, dtype=torch.bool).expand(2, 1, 32, 32)
     assert torch.equal(saving.hidden(data[0], positions, mask), plain.hidden(data[0], positions, mask))

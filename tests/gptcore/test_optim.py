@@ -72,6 +72,18 @@ def test_without_a_warm_up_muons_momentum_is_there_from_the_first_step() -> None
     assert optimizers[1].param_groups[0]["momentum"] == 0.9
 
 
+def test_muons_matrices_decay_by_their_own_rate() -> None:
+    optim = OptimSpec(name="muon", lr=0.1, muon_lr=0.5, muon_weight_decay=0.2, weight_decay=0.3)
+    model = GPT(tiny_model("llama"))
+    _, muon = build_optimizers(model, optim, ALONE)
+    before = [p.detach().clone() for p in muon.param_groups[0]["params"]]
+    for parameter in muon.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    muon.step()
+    for parameter, was in zip(muon.param_groups[0]["params"], before, strict=True):
+        torch.testing.assert_close(parameter.detach(), was * (1 - 0.5 * 0.2))
+
+
 def test_every_state_is_restored_to_where_its_parameter_lies() -> None:
     model = GPT(tiny_model("llama"))
     optimizer = torch.optim.AdamW(model.parameters())

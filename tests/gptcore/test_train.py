@@ -45,6 +45,8 @@ def test_a_run_learns_evaluates_exports_and_says_so(train: Trainers) -> None:
     evaluated = done.of_type(Evaluated)
     assert [e.step for e in evaluated] == [10, 20, 30, 40]
     assert finished.best_val_loss == min(e.val_loss for e in evaluated)
+    bytes_a_token = dataset.val.bytes / dataset.val.tokens
+    assert evaluated[0].bits_per_byte == pytest.approx(evaluated[0].val_loss / 0.6931472 / bytes_a_token)
     assert len(done.of_type(Sampled)) == 2
     # only what is called training is taken for a step that takes too long
     phase, seen = "", defaultdict(set)

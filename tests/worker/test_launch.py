@@ -98,6 +98,12 @@ def test_a_container_with_less_time_than_cores_gets_as_many_threads_as_it_can_ke
         assert trainer.environment(spec, settings)["OMP_NUM_THREADS"] == threads
 
 
+def test_a_trainer_gets_neither_redis_nor_an_api_key(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRAINMASTER_REDIS_URL", "TRAINMASTER_API_KEY"):
+        monkeypatch.setenv(name, "secret")
+    assert "secret" not in trainer.environment(parse_spec(train_spec()), settings).values()
+
+
 def test_a_trainers_threads_wait_as_the_workers_environment_says(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

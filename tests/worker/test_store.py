@@ -64,6 +64,7 @@ def test_many_posts_with_one_key_make_one_job(store: Store) -> None:
     assert len({job.id for job, _ in made}) == 1 and sum(created for _, created in made) == 1
     with pytest.raises(IdempotencyConflict, match="another body"):
         store.create_job(spec, None, idempotency_key="k", body_sha256="b")
+    assert 86_000 < store._redis.ttl(KEYS["idempotency"] + "k") <= 86_400
 
 
 def test_lists_are_newest_first_and_pages_join_without_gap(store: Store) -> None:
