@@ -292,6 +292,8 @@ def main() -> int:
     asked.families, asked.sizes = asked.families or list(FAMILIES), asked.sizes or ["124m", "350m"]
     file = asked.json or RESULTS / f"gpu-{asked.part}.json"
     table = Table(file, PACKAGES)
+    import torch
+
     table.machine["gpu"] = torch.cuda.get_device_name() if asked.device == "cuda" else "none"
     if asked.resume and file.exists():
         before = json.loads(file.read_text())
