@@ -94,9 +94,10 @@ class Agent:
     def _serve(self) -> None:
         """One look: be known, give up what is lost, place what waits, hand over, wait for a ring."""
         if self._doorbell is None:
-            run, self._redis_run = self._redis_run, self._store.run_id()
-            if run not in (None, self._redis_run):  # it may have forgotten what it said last
+            run = self._store.run_id()
+            if self._redis_run not in (None, run):  # it may have forgotten what it said last
                 self._store.hold_off()
+            self._redis_run = run
             self._doorbell = self._store.doorbell()
             for what in self._store.weaknesses():
                 log.warning("Redis: %s", what)

@@ -187,8 +187,9 @@ class Launcher:
             # without the others no rank gets as far as a checkpoint
             tree.end_within(BROKEN_SECONDS if len(self._job.nodes) > 1 else self._settings.grace_seconds)
             while tree.alive():
-                if isinstance(error, OSError):
-                    self._hold.renew()
+                with suppress(Superseded):
+                    if isinstance(error, OSError):  # until it is gone the job is ours
+                        self._hold.renew()
                 time.sleep(TICK_SECONDS)
             raise
         memory.await_return()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
@@ -16,7 +18,6 @@ from tests.gptcore.conftest import randomised, tiny_model
 from tests.gptcore.hub_models import ModelHub, Repo
 from tests.trainmaster.conftest import Start, run
 from tests.trainmaster.test_cli import demo_spec
-from trainmaster.sample import sample
 
 
 @pytest.fixture
@@ -65,10 +66,18 @@ def test_a_prompt_counts_though_more_is_asked_for_than_the_context_holds(tmp_pat
     model = randomised(tiny_model("llama", vocab_size=256, block_size=32))
     export_model(tmp_path / "e", model.spec, {k: p.detach() for k, p in model.named_parameters()}, "bytes")
     prompt = "def f(x): return"
-    for asked in (10, 200):
-        written = sample(str(tmp_path / "e"), prompt, asked, 0.0, 0, stream=False)
-        assert written.startswith(prompt) and len(written) > len(prompt)
-    assert sample(str(tmp_path / "e"), "x" * 40 + prompt, 200, 0.0, 0, stream=False).startswith("x" * 15 + prompt)
+    code = (
+        "import json, sys; from trainmaster.sample import sample\n"
+        "asked = json.loads(sys.argv[2])\n"
+        "print(json.dumps([sample(sys.argv[1], prompt, most, 0.0, 0, stream=False) for prompt, most in asked]))"
+    )
+    asked = [(prompt, 10), (prompt, 200), ("x" * 40 + prompt, 200)]
+    # a process of its own: what sampling asks of the Hub's client holds for the whole process
+    command = [sys.executable, "-c", code, str(tmp_path / "e"), json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    few, many, cut = json.loads(done.stdout.splitlines()[-1])
+    assert few.startswith(prompt) and many.startswith(prompt) and len(prompt) < len(few) < len(many)
+    assert cut.startswith("x" * 15 + prompt)
 
 
 def test_a_job_without_an_export_cannot_be_sampled(home: Path) -> None:
