@@ -9,7 +9,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -214,13 +215,20 @@ def revoke_key(key: Annotated[str, typer.Argument(metavar="KEY", help="the key's
 @contextmanager
 def _keyring() -> Iterator[KeyRing]:
     """Keys lie in Redis: who may reach it may make them. A local one is started where it does not run."""
-    from trainmaster.stack import Stack
+    from trainmaster.redis_server import await_given
     from worker.keyring import KeyRing
 
-    with Stack(Settings.from_environment(), own_redis=not _redis_is_given(), api=False, worker=False) as stack:
-        ring = KeyRing(stack.redis_url)
+    settings = Settings.from_environment()
+    with ExitStack() as left:
+        if _redis_is_given():
+            await_given(settings.redis_url)
+        else:
+            from trainmaster.stack import Stack  # which the API's image, having no worker, cannot load
+
+            stack = left.enter_context(Stack(settings, api=False, worker=False))
+            settings = replace(settings, redis_url=stack.redis_url)
+        ring = left.enter_context(closing(KeyRing(settings.redis_url)))
         yield ring
-        ring.close()
 
 
 @app.command("list")

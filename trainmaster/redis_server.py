@@ -13,11 +13,15 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from pathlib import Path
+
+import redis
 
 from gptcore.locks import take
 from trainmaster.mistake import Mistake
 from trainmaster.part import Part
+from worker.connection import AWAY
 
 CONFIGURATION = """\
 # written by trainmaster at each start
@@ -49,6 +53,25 @@ def find_binary() -> str:
         for binary in Path(folder).glob("_binaries/*/valkey-server"):
             return str(binary)
     raise NoRedis("no Redis server found; install redis-server or valkey-server, or name one in TRAINMASTER_REDIS_URL")
+
+
+def answers(url: str, given: bool) -> bool:
+    """Whether the Redis at `url` is ready. Raises NoRedis where the user gave it and it cannot be used."""
+    try:
+        with redis.Redis.from_url(url, retry=None, socket_timeout=5) as client:
+            client.ping()
+    except (*AWAY, ValueError) as error:  # not there yet, still loading its file, or no URL of a Redis
+        if given and not isinstance(error, redis.BusyLoadingError):
+            where = url.partition("?")[0].rpartition("@")[2]  # without a password
+            raise NoRedis(f"Redis at {where}, as TRAINMASTER_REDIS_URL has it, cannot be used: {error}") from error
+        return False
+    return True
+
+
+def await_given(url: str) -> None:
+    """Wait until the Redis that the user gave has loaded its file. Raises NoRedis."""
+    while not answers(url, given=True):
+        time.sleep(0.2)
 
 
 class RedisServer:

@@ -14,14 +14,12 @@ from typing import Any
 
 import httpx2
 import psutil
-import redis
 
 from gptcore.locks import is_held
 from gptcore.procs import adopt_orphans
 from trainmaster.part import Part, PartFailed
-from trainmaster.redis_server import NoRedis, RedisServer
+from trainmaster.redis_server import RedisServer, answers
 from trainmaster.serve import listen
-from worker.connection import AWAY
 from worker.place import agent_lock
 from worker.processes import kill
 from worker.settings import Settings
@@ -136,13 +134,7 @@ class Stack:
         url = self._settings.redis_url if self._own_redis is None else self._own_redis.url()
         if url is None:
             return False  # the other stack that starts one has not written its configuration yet
-        try:
-            with redis.Redis.from_url(url, retry=None, socket_timeout=5) as client:
-                client.ping()
-        except (*AWAY, ValueError) as error:  # not there yet, still loading its file, or no URL of a Redis
-            if self._own_redis is None and not isinstance(error, redis.BusyLoadingError):
-                where = url.partition("?")[0].rpartition("@")[2]  # without a password
-                raise NoRedis(f"Redis at {where}, as TRAINMASTER_REDIS_URL has it, cannot be used: {error}") from error
+        if not answers(url, given=self._own_redis is None):
             return False
         self._settings = replace(self._settings, redis_url=url)
         return True
