@@ -14,7 +14,7 @@ def read_history(store: Store, runs: Path, job_id: str, after: str = "0-0", coun
     """(id, JSON) of what stands behind `after`, oldest first. Older events come from the run directory, where it is."""
     attempt, seq, *_ = place(after)
     kept, changes = store.read_stream(job_id, f"{attempt}-{seq}", count)
-    first = place(kept[0][0]) if kept else (1 << 60,)
+    first = place(kept[0][0]) if kept else (1 << 60,)  # behind every event
     if first != (attempt, seq + 1) and (kept or store.last_event(job_id) == "0-0"):
         lines = RunDir(runs / job_id).lines_behind(attempt, seq)
         kept = [*islice(takewhile(lambda one: place(one[0]) < first, lines), count), *kept]

@@ -104,7 +104,7 @@ def refuse_another_shape(
 ) -> None:
     """Raises SpecError naming every field in which the model that stands in `source` differs from ours."""
     ours, shape = model.model_dump(), theirs.keys() - {"preset", "init"}
-    differing = [f"{k} is {theirs[k]!r} there, {ours[k]!r} here" for k in sorted(shape) if theirs[k] != ours[k]]
+    differing = [f"{k} is {theirs[k]!r} there, {ours.get(k)!r} here" for k in sorted(shape) if theirs[k] != ours.get(k)]
     if differing:
         raise refusal(pointer, f"{source} is a model of another shape: {'; '.join(differing)}; set them as there")
 

@@ -54,7 +54,7 @@ def text_files(paths: list[Path]) -> Source:
     def read(path: Path) -> Iterator[Document]:
         text = path.read_text(encoding=UTF8)
         if "\0" in text:  # UTF-16 in disguise
-            raise ValueError(f"{path} is not plain text: it holds characters of number 0; convert it first")
+            raise ValueError(f"{path} holds NUL characters, as text in UTF-16 does; convert it first")
         yield from [Document(files[path], text)] if len(files) >= FEW_TEXTS else _pieces(files[path], text)
 
     return Source(f"text: {_names(paths)}", _fingerprint(files), partial(_one_by_one, files, read))
