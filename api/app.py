@@ -18,9 +18,9 @@ from api.hub import Hub
 from api.monitoring import Monitor, Observed
 from api.routes import STATIC, Services, router
 from api.series import run_cache
-from worker.census import Counting
 from worker.keyring import KeyRing
 from worker.settings import Settings
+from worker.store import Store
 
 
 class Application(FastAPI):
@@ -44,7 +44,7 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
 
     `open_without_keys`: whether it may serve anyone while there is no key, as on loopback.
     """
-    store, keys = Counting(settings.redis_url), KeyRing(settings.redis_url)
+    store, keys = Store(settings.redis_url), KeyRing(settings.redis_url)
     monitor = Monitor(store)
     hub = Hub(store, settings.runs, monitor.stream_lag_seconds.observe)
     hosts = filter(None, [urlsplit(settings.url).hostname])

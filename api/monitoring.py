@@ -18,8 +18,8 @@ from prometheus_client.registry import Collector
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from worker.census import Counting
 from worker.job import Status
+from worker.store import Store
 
 BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 SLOW_SECONDS = 1.0
@@ -33,7 +33,7 @@ _request_id: ContextVar[str] = ContextVar("request_id", default="")
 class Monitor:
     """The numbers of one application."""
 
-    def __init__(self, counting: Counting):
+    def __init__(self, store: Store):
         self.registry = CollectorRegistry()
         self.request_seconds = Histogram(
             "trainmaster_request_seconds",
@@ -45,20 +45,20 @@ class Monitor:
             "From a trainer's event to the queues of those who watch",
             buckets=BUCKETS, registry=self.registry,
         )  # fmt: skip
-        self.registry.register(_Jobs(counting))
+        self.registry.register(_Jobs(store))
 
 
 class _Jobs(Collector):
     """Counted anew at each scrape."""
 
-    def __init__(self, counting: Counting):
-        self._counting = counting
+    def __init__(self, store: Store):
+        self._store = store
 
     def describe(self) -> list[GaugeMetricFamily]:
         return []  # registering must not need Redis
 
     def collect(self) -> Iterator[GaugeMetricFamily | SummaryMetricFamily]:
-        found = self._counting.census()
+        found = self._store.census()
         statuses = dict.fromkeys(STATUSES, 0) | found.statuses
         yield _gauge("trainmaster_jobs", "Jobs by status", "status", statuses)
         yield SummaryMetricFamily(

@@ -118,6 +118,17 @@ class JobPage(Record):
     next: str | None
 
 
+class Census(Record):
+    """All jobs counted."""
+
+    statuses: dict[str, int]
+    started: int
+    queue_seconds: float  # from submission to start, summed over all that started
+    oldest_waiting_seconds: dict[str, float]  # by pool
+    running: dict[str, dict[str, float]]  # by job id: what is known of tokens_per_second, mfu, train_loss and
+    # recovery_seconds, from the loss of an attempt until the next one ran, the last time
+
+
 class StatusChange(Record):
     """One line of the job system's own stream. `who`: anyone, an API key, scheduler, or a node's launcher.
 

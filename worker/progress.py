@@ -77,6 +77,7 @@ class Progress:
         return {
             "step": event.step, "tokens_seen": event.tokens, "progress": event.step / total if total else None,
             "tokens_per_second": sum(rates) / len(rates), "mfu": sum(mfus) / len(mfus) if mfus else None,
+            "train_loss": event.train_loss,  # for monitoring
             "eta_seconds": self._seconds_per_step(event) * (total - event.step) if total else None,
         }  # fmt: skip
 

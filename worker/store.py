@@ -15,7 +15,7 @@ from gptcore.plan import Hardware, Plan
 from gptcore.spec import AnySpec
 from worker.connection import Connected
 from worker.doorbell import Doorbell
-from worker.job import Job, JobError, JobPage, Node, Status, Ticket, new_job_id
+from worker.job import Census, Job, JobError, JobPage, Node, Status, Ticket, new_job_id
 from worker.keys import KEYS, scripts
 from worker.record import changes_of, flat, job_of, new_record
 
@@ -128,6 +128,10 @@ class Store(Connected):
         page, has_more = found[:limit], len(found) > limit
         data = self._get_jobs([job_id for job_id, _ in page])
         return JobPage(data=data, has_more=has_more, next=page[-1][1] if has_more else None)
+
+    def census(self) -> Census:
+        """Counted by Redis itself: one question, however many jobs there are."""
+        return Census.model_validate_json(self._run("census"))
 
     def request_cancel(self, job_id: str, who: str = "api") -> Job:
         """Wish a job's end; again and again does no more than once. Raises JobNotFound."""

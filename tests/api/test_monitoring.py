@@ -15,6 +15,7 @@ from api.monitoring import JsonLines
 from tests.api.server import FakeRun, step, train_spec
 from tests.api.test_stream import stream
 from tests.conftest import wait_until
+from worker.progress import Progress
 
 Numbers = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -29,6 +30,9 @@ def numbers(http: httpx2.Client) -> Numbers:
 def test_numbers_say_how_jobs_stand(http: httpx2.Client, new_run: Callable[..., FakeRun]) -> None:
     run = new_run()
     run.write(step(1, 3.0), step(2, 2.5))
+    progress = Progress(None)
+    for event in (step(1, 3.0), step(2, 2.5)):
+        run.report(**progress.take(event))
     run.report(tokens_per_second=1000.0, mfu=0.25)
     http.post("/jobs", json=train_spec(resources={"pool": "other"}))
     found, job = numbers(http), (("job", run.id),)

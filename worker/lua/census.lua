@@ -1,4 +1,4 @@
--- → JSON {statuses: number by status, started, queue_seconds: their sum, oldest_waiting_seconds: by pool, running: ids}
+-- → JSON of a Census
 local found = {statuses = {}, oldest_waiting_seconds = {}, running = {}, started = 0, queue_seconds = 0}
 local time, waiting = now(), found.oldest_waiting_seconds
 for _, id in ipairs(redis.call('ZRANGE', K.jobs, 0, -1)) do
@@ -11,6 +11,12 @@ for _, id in ipairs(redis.call('ZRANGE', K.jobs, 0, -1)) do
   elseif not TERMINAL[status] then
     waiting[pool] = math.max(waiting[pool] or 0, time - created)
   end
-  if status == 'running' then table.insert(found.running, id) end
+  if status == 'running' then
+    local known = {}
+    for _, name in ipairs({'tokens_per_second', 'mfu', 'train_loss', 'recovery_seconds'}) do
+      known[name] = redis.call('HGET', K.job .. id, name) or nil
+    end
+    found.running[id] = known
+  end
 end
 return cjson.encode(found)

@@ -35,9 +35,17 @@ local function newest(id)
   return found and found[1] or '0-0'
 end
 
+-- Writes a change of status into the job's stream, and on the job how long its last recovery took.
 local function note(id, from, to, who, why)
-  redis.call('XADD', K.changes .. id, '*', 'time', stamp(now()), 'from', from, 'to', to, 'who', who, 'why', why,
+  local job, time = K.job .. id, now()
+  redis.call('XADD', K.changes .. id, '*', 'time', stamp(time), 'from', from, 'to', to, 'who', who, 'why', why,
     'behind', newest(id))
+  if to == 'recovering' then redis.call('HSET', job, 'recovering_at', stamp(time)) end
+  local lost_at = to == 'running' and redis.call('HGET', job, 'recovering_at')
+  if lost_at then
+    redis.call('HSET', job, 'recovery_seconds', time - lost_at)
+    redis.call('HDEL', job, 'recovering_at')
+  end
 end
 
 -- Puts a job into its pool's queue: higher priority first, then lower number.
