@@ -169,9 +169,10 @@ class ReplayedRun:
         job, _ = self._store.create_job(spec, bench.plan)
         self.id, self._step = job.id, 0
         slot = Slot(id=f"{pool}-0", cores=[0], gpus=[], hardware=Hardware())
-        self._store.register_node(Node(id=pool, pool=pool, slots=[slot]))
+        node = Node(id=pool, pool=pool, slots=[slot])
+        self._store.register_node(node)
         while not self._store.reserve(pool):  # after a gap in which no node lived, leases get a full period first
-            self._store.heartbeat(pool)
+            self._store.register_node(node)
             time.sleep(0.5)
         assert self._store.claim(Ticket(job_id=job.id, attempt=1, node_rank=0, slot=slot.id), "bench")
         self._store.report(job.id, 1, {}, status="running")

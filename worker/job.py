@@ -155,6 +155,8 @@ class Slot(Record):
 
 
 class Node(Record):
+    """As its agent says; the last three, and whose its slots are, as the store knows when it is asked."""
+
     id: str
     pool: str
     slots: list[Slot]

@@ -268,16 +268,9 @@ class Store(Connected):
     # ---- nodes and slots
 
     def register_node(self, node: Node) -> None:
-        """Make a node known and live; also how its record changes."""
-        record = node.model_dump_json(
-            exclude={**dict.fromkeys(("schedulable", "lease_until", "live"), True), "slots": {"__all__": {"job_id"}}}
-        )
-        self._redis.hset(KEYS["nodes"], node.id, record)
-        self.heartbeat(node.id)
-
-    def heartbeat(self, node_id: str) -> None:
-        """Hold a node's lease: what makes the scheduler use it."""
-        self._redis.zadd(KEYS["node_leases"], {node_id: self._now() + LEASE_SECONDS})
+        """Make a node known and hold its lease; also how its record changes."""
+        self._redis.hset(KEYS["nodes"], node.id, node.model_dump_json())
+        self._redis.zadd(KEYS["node_leases"], {node.id: self._now() + LEASE_SECONDS})
 
     def retire_node(self, node_id: str) -> None:
         """End a node's lease now: nothing new is placed on it."""

@@ -49,12 +49,13 @@ parameters = {{ "path.job_id" = "{ended}" }}
 
 @pytest.fixture
 def live_node(store: Store) -> Iterator[None]:
-    store.register_node(node(*[1] * 60))
+    machine = node(*[1] * 60)
+    store.register_node(machine)
     over = threading.Event()
 
     def beat() -> None:
         while not over.wait(2):
-            store.heartbeat("node")
+            store.register_node(machine)
 
     thread = threading.Thread(target=beat)
     thread.start()
