@@ -20,8 +20,8 @@ KEYS = {
     "deleted": "trainmaster:deleted:",  # + id: a week long, for a launcher that was cut off and comes back
     "queue": "trainmaster:queue:",  # + pool: zset of waiting job ids by priority, then number
     "children": "trainmaster:children:",  # + id: set of the jobs that wait for that one's end
-    "leases": "trainmaster:leases",  # zset: job id of an attempt under way by its lease's end
-    "members": "trainmaster:members",  # zset: "id/node rank" of an attempt's further nodes, by their leases' ends
+    # zset by end: job id of an attempt under way, and "id/node rank" of its part on each further node
+    "leases": "trainmaster:leases",
     "nodes": "trainmaster:nodes",  # hash: node id to its record
     "node_leases": "trainmaster:node_leases",  # zset: node id by its lease's end
     "drained": "trainmaster:drained",  # set of node ids that take no new job

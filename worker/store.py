@@ -190,7 +190,7 @@ class Store(Connected):
 
     def members_left(self, job_id: str) -> list[str]:
         """Those members, as "job/node rank", that have not left the attempt under way and whose leases hold."""
-        live = self._redis.zrangebyscore(KEYS["members"], self._now(), "+inf")
+        live = self._redis.zrangebyscore(KEYS["leases"], self._now(), "+inf")
         return [member for member in live if member.startswith(f"{job_id}/")]
 
     def report(
@@ -348,8 +348,8 @@ class Store(Connected):
                 self._redis.lrem(KEYS["outbox"], 0, text)
 
     def expired(self) -> list[tuple[str, int]]:
-        """Job and attempt of each whose lease ran out and that was not given up yet."""
-        ids = self._redis.zrangebyscore(KEYS["leases"], "-inf", self._now())
+        """Job and attempt of each of which a lease ran out and that was not given up yet."""
+        ids = {who.partition("/")[0] for who in self._redis.zrangebyscore(KEYS["leases"], "-inf", self._now())}
         return [(job_id, int(self._redis.hget(KEYS["job"] + job_id, "attempt"))) for job_id in ids]
 
     def lose_expired(self, max_attempts: int) -> list[str]:

@@ -11,8 +11,6 @@ local time = now()
 if rank == '0' then
   redis.call('HSETNX', job, 'started_at', stamp(time))
   if root ~= '' then redis.call('HSETNX', job, 'root', root) end
-  redis.call('ZADD', K.leases, time + lease, id)
-else
-  redis.call('ZADD', K.members, time + lease, id .. '/' .. rank)
 end
+redis.call('ZADD', K.leases, time + lease, holder(id, rank))
 return 'claimed'

@@ -2,5 +2,5 @@
 -- lives; one that broke ends the attempt for all.
 local id, attempt, rank, why = unpack(ARGV)
 if not holds(id, attempt) then return end
-redis.call('ZREM', K.members, id .. '/' .. rank)
+redis.call('ZREM', K.leases, holder(id, rank))
 if why ~= '' then redis.call('HSET', K.job .. id, 'broken', 'broken: ' .. why) end

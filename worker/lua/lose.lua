@@ -27,10 +27,9 @@ end
 if only ~= '' then
   if holds(only, attempt) then order, lost[only] = {only}, cjson.decode(failure) end
 elseif settled(lease) then
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.leases, '-inf', time)) do expired(id, 0) end
-  for _, member in ipairs(redis.call('ZRANGEBYSCORE', K.members, '-inf', time)) do
-    local id, rank = string.match(member, '^(.*)/(%d+)$')
-    expired(id, tonumber(rank))
+  for _, who in ipairs(redis.call('ZRANGEBYSCORE', K.leases, '-inf', time)) do
+    local id, rank = string.match(who, '^([^/]+)/?(%d*)$')
+    expired(id, tonumber(rank) or 0)
   end
 end
 

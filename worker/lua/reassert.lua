@@ -20,9 +20,8 @@ redis.call('HSET', job, 'attempt', attempt, 'status', to, 'status_reason', why, 
   'claim:' .. attempt .. ':0', who)
 note(id, from or '', to, who, why)
 redis.call('ZREM', K.queue .. known.pool, id)
-redis.call('ZADD', K.leases, time + lease, id)
 for _, allocation in ipairs(cjson.decode(known.nodes)) do
   redis.call('HSET', K.owners, allocation.slot, id)
-  if allocation.node_rank > 0 then redis.call('ZADD', K.members, time + lease, id .. '/' .. allocation.node_rank) end
+  redis.call('ZADD', K.leases, time + lease, holder(id, allocation.node_rank))
 end
 return 1

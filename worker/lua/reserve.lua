@@ -49,11 +49,10 @@ local function place(id, picks)
     table.insert(allocations, {node = pick.node.id, slot = slot.id, node_rank = rank - 1})
     redis.call('RPUSH', K.outbox,
       cjson.encode({job_id = id, attempt = attempt, node_rank = rank - 1, slot = slot.id}))
-    if rank > 1 then redis.call('ZADD', K.members, time + claim_seconds, id .. '/' .. rank - 1) end
+    redis.call('ZADD', K.leases, time + claim_seconds, holder(id, rank - 1))
   end
   move(id, 'starting', 'scheduler', '')
   redis.call('HSET', K.job .. id, 'nodes', cjson.encode(allocations))
-  redis.call('ZADD', K.leases, time + claim_seconds, id)
   redis.call('ZREM', K.queue .. pool, id)
 end
 

@@ -10,6 +10,9 @@ local function stamp(time) return string.format('%.6f', time) end
 
 local function ring() redis.call('PUBLISH', K.doorbell, '') end
 
+-- Who has a lease on a node's part in an attempt: the first node's is the attempt's own.
+local function holder(id, rank) return tonumber(rank) == 0 and id or id .. '/' .. rank end
+
 -- Whether leases mean something now. After a gap in which no agent looked (Redis or all of them away or
 -- frozen, a clock that jumped, an older state restored) every lease gets a full period, and until it is
 -- over nothing is given up and nothing placed: whoever still runs says so first.
@@ -19,9 +22,7 @@ local function settled(lease)
   if math.abs(time - last) > 1 or time == last then redis.call('SET', K.tick, stamp(time)) end
   if math.abs(time - last) > lease / 2 then
     redis.call('SET', K.hold, stamp(time + lease))
-    for _, zset in ipairs({K.leases, K.members}) do
-      for _, holder in ipairs(redis.call('ZRANGE', zset, 0, -1)) do redis.call('ZADD', zset, time + lease, holder) end
-    end
+    for _, who in ipairs(redis.call('ZRANGE', K.leases, 0, -1)) do redis.call('ZADD', K.leases, time + lease, who) end
     for _, node in ipairs(redis.call('ZRANGEBYSCORE', K.node_leases, time + lease, '+inf')) do
       redis.call('ZADD', K.node_leases, time + lease, node)
     end
@@ -103,9 +104,8 @@ local function conclude(id, to, who, why)
   if status == 'cancelling' and to ~= 'succeeded' then to, why = 'cancelled', 'cancelled on request' end
   if status == 'pausing' and (to == 'queued' or to == 'recovering') then to, why = 'paused', 'paused on request' end
   if not move(id, to, who, why) then return redis.error_reply('REFUSED ' .. status .. ' to ' .. to) end
-  redis.call('ZREM', K.leases, id)
   for _, allocation in ipairs(cjson.decode(nodes)) do
-    redis.call('ZREM', K.members, id .. '/' .. allocation.node_rank)
+    redis.call('ZREM', K.leases, holder(id, allocation.node_rank))
     if redis.call('HGET', K.owners, allocation.slot) == id then redis.call('HDEL', K.owners, allocation.slot) end
   end
   redis.call('HDEL', job, 'desired', 'eta_seconds', 'phase', 'rendezvous', 'over', 'broken')
