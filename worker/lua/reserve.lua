@@ -28,16 +28,20 @@ local function fitting(slots, job)
   end
 end
 
--- A slot on each of as many nodes as the job wants, all of one runs root: its own, once it has files there.
-local function picks_for(job)
+-- One of `which` ("free", or all "slots") on each of as many nodes as the job wants, or as near as that comes. The
+-- nodes are of one runs root: its own, once it has files there.
+local function picks_for(job, which)
+  local most = {}
   for _, root in ipairs(job.root and {job.root} or roots) do
     local picks = {}
     for _, node in ipairs(nodes) do
-      local index = node.runs_root == root and #picks < job.wanted and fitting(node.free, job)
+      local index = node.runs_root == root and fitting(node[which], job)
       if index then table.insert(picks, {node = node, index = index}) end
+      if #picks == job.wanted then return picks end
     end
-    if #picks == job.wanted then return picks end
+    if #picks > #most then most = picks end
   end
+  return most
 end
 
 local function place(id, picks)
@@ -57,24 +61,14 @@ local function place(id, picks)
 end
 
 -- Says on a waiting job what it waits for, and since when that many were free → whether this pool could run it at all.
-local function explain(id, job)
-  local free, live, elsewhere, of_root = 0, 0, 0, {}
-  for _, node in ipairs(nodes) do
-    if job.root and job.root ~= node.runs_root then
-      elsewhere = elsewhere + 1
-    else
-      local here = of_root[node.runs_root] or {free = 0, live = 0}  -- all of a job's nodes are of one
-      of_root[node.runs_root] = here
-      if fitting(node.free, job) then here.free = here.free + 1 end
-      if fitting(node.slots, job) then here.live = here.live + 1 end
-      if here.live > live or (here.live == live and here.free > free) then free, live = here.free, here.live end
-    end
-  end
+local function explain(id, job, free)
+  local live = #picks_for(job, 'slots')
   local slots = job.wanted == 1 and 'needs a slot' or 'needs a slot on each of ' .. job.wanted .. ' nodes'
   local ranks = job.ranks > 1 and ' with ' .. job.ranks .. ' ranks' or ''
-  local why = slots .. ranks .. ' of pool ' .. pool .. ', ' .. free .. ' free'
-  if live < job.wanted then why = slots .. ranks .. ' of pool ' .. pool .. ', ' .. live .. ' live' end
-  if elsewhere > 0 and live < job.wanted then why = why .. ' with its run directory' end
+  local count = live < job.wanted and live .. ' live' or free .. ' free'
+  local elsewhere = job.root and #roots > (roots[job.root] and 1 or 0)
+  if elsewhere and live < job.wanted then count = count .. ' with its run directory' end
+  local why = slots .. ranks .. ' of pool ' .. pool .. ', ' .. count
   if string.sub(job.reason, 1, #why + 7) ~= why .. ' since ' then
     local clock = string.format('%02d:%02d', math.floor(time / 3600) % 24, math.floor(time / 60) % 60)
     redis.call('HSET', K.job .. id, 'status_reason', why .. ' since ' .. clock .. ' UTC')
@@ -89,11 +83,11 @@ for _, id in ipairs(redis.call('ZRANGE', K.queue .. pool, 0, any_free and -1 or 
     'wanted_nodes', 'wanted_ranks', 'wanted_device', 'queued_at', 'root', 'not_before', 'status_reason'))
   local job = {wanted = tonumber(wanted), ranks = tonumber(ranks), device = device, root = root, reason = reason or ''}
   if tonumber(not_before or 0) <= time then
-    local picks = picks_for(job)
-    if picks then
+    local picks = picks_for(job, 'free')
+    if #picks == job.wanted then
       place(id, picks)
       placed = placed + 1
-    elseif explain(id, job) and time - queued_at > freeze_seconds then
+    elseif explain(id, job, #picks) and time - queued_at > freeze_seconds then
       break
     end
   end
