@@ -23,8 +23,8 @@ async def follow_events(
 
     Ends once the job has ended and all was given, or when the job is deleted. Raises JobNotFound.
     """
-    events_key = KEYS["events"] + job_id
-    cursors = {events_key: after.partition(".")[0], KEYS["changes"] + job_id: "0-0"}
+    events_key, changes_key = KEYS["events"] + job_id, KEYS["changes"] + job_id
+    cursors = {events_key: after.partition(".")[0], changes_key: "0-0"}
     client = redis.asyncio.Redis.from_url(
         url, decode_responses=True, retry=Retry(NoBackoff(), 0), socket_timeout=quiet_seconds + 10,
         protocol=2,  # pairs of stream and entries; RESP3 nests them
@@ -33,29 +33,22 @@ async def follow_events(
         if not await client.exists(KEYS["job"] + job_id):
             raise JobNotFound(job_id)
         ended = False
-        changes: list[Any] = []
-        changed: list[tuple[str, str]] = []
-        known = after
+        entries: list[Any] = []
+        known = place(after)
         while True:
             block = None if ended else int(quiet_seconds * 1000)
-            news: Any = await client.xread(cast(Any, cursors), count=1000, block=block)
-            found: list[tuple[str, str]] = []
-            for key, entries in news:
-                cursors[key] = entries[-1][0]
-                if key == events_key:
-                    found += [(entry_id, fields["event"]) for entry_id, fields in entries]
-                else:
-                    changes += entries
-                    changed = [(change.id, change.model_dump_json()) for change in changes_of(changes)]
-                    # its last event is in the stream by now: read once more
-                    ended |= any(fields["to"] in TERMINAL_STATUSES for _, fields in entries)
-            # one behind an event that this answer has no room for comes with that event
-            read = place(cursors[events_key])
-            found += [one for one in changed if place(one[0])[:2] <= read]
+            news: Any = dict(await client.xread(cast(Any, cursors), count=1000, block=block))
+            cursors |= {key: read[-1][0] for key, read in news.items()}
+            found = [(entry_id, fields["event"]) for entry_id, fields in news.get(events_key, [])]
+            entries += news.get(changes_key, [])
+            for change in changes_of(entries):
+                # one behind an event that this answer has no room for comes with that event
+                if known < place(change.id) and place(change.id)[:2] <= place(cursors[events_key]):
+                    found.append((change.id, change.model_dump_json()))
+                ended |= change.to_status in TERMINAL_STATUSES  # its last event is there by now: read once more
             for entry in sorted(found, key=lambda one: place(one[0])):
-                if place(entry[0]) > place(known):
-                    known = entry[0]
-                    yield entry
+                known = place(entry[0])
+                yield entry
             if not news:
                 if ended or not await client.exists(KEYS["job"] + job_id):
                     return
