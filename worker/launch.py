@@ -233,7 +233,7 @@ class Launcher:
     def _await_members(self) -> None:
         """Until nothing of the attempt lives on its other nodes. One that is lost meanwhile ends the attempt."""
         if len(self._job.nodes) > 1:
-            self._report(over=1)
+            self._report(rendezvous="over")
         while len(self._job.nodes) > 1 and self._hold.insist(lambda: self._hold.store.members_left(self._job.id)):
             self._hold.renew()
             time.sleep(TICK_SECONDS)

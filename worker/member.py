@@ -42,7 +42,7 @@ class Member:
         """Wait until nothing of another attempt lives in this slot; false when the attempt is over already."""
         kill_at = time.monotonic() + self._settings.grace_seconds
         while left := processes.leftovers(self._ticket, self._settings.home):
-            if self._over():
+            if self._word() == "over":
                 return False
             if time.monotonic() > kill_at:
                 processes.kill(*left)
@@ -51,12 +51,9 @@ class Member:
 
     def _await_meeting(self) -> str:
         """Where the ranks meet, once the first node says so; empty when the attempt is over before that."""
-        while not self._over():
-            record = self._hold.insist(lambda: self._hold.store.record(self._ticket.job_id))
-            if meeting := record.get("rendezvous", ""):
-                return meeting
+        while not (word := self._word()):
             time.sleep(TICK_SECONDS)
-        return ""
+        return "" if word == "over" else word
 
     def _train(self, meeting: str) -> str:
         """Run this node's ranks to their end; why they broke, where they did."""
@@ -67,7 +64,7 @@ class Member:
         over = False
         while tree.alive():
             try:
-                over |= self._over()
+                over |= self._word() == "over"
             except Superseded:
                 over = True
             if over:
@@ -80,8 +77,8 @@ class Member:
             return ""
         return f"node rank {self._ticket.node_rank} in slot {self._ticket.slot}: torchrun ended with {tree.returncode}"
 
-    def _over(self) -> bool:
-        """Whether the first node's part has ended. Raises Superseded, but not for one moment's word.
+    def _word(self) -> str:
+        """What the first node says: see `Store.renew`. Raises Superseded, but not for one moment's word.
 
         Redis may have come back without the attempt: the first node's launcher asserts it, for all.
         """
@@ -90,6 +87,6 @@ class Member:
         except Superseded:
             if time.monotonic() > self._held_at + LEASE_SECONDS / 2:
                 raise
-            return False
+            return ""
         self._held_at = time.monotonic()
-        return word == "over"
+        return word

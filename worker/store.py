@@ -180,7 +180,7 @@ class Store(Connected):
         """Hold the lease of an attempt, or of a member's part in it. Raises Superseded.
 
         Returns "", or what is desired ("cancel", "pause"), "broken: why" where a member's part broke; to a
-        member "over" once the first node's part has ended.
+        member where the ranks meet, and "over" once the first node's part has ended.
         """
         return str(self._held("renew", job_id, attempt, str(node_rank), LEASE_SECONDS))
 

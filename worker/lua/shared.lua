@@ -108,7 +108,7 @@ local function conclude(id, to, who, why)
     redis.call('ZREM', K.leases, holder(id, allocation.node_rank))
     if redis.call('HGET', K.owners, allocation.slot) == id then redis.call('HDEL', K.owners, allocation.slot) end
   end
-  redis.call('HDEL', job, 'desired', 'eta_seconds', 'phase', 'rendezvous', 'over', 'broken')
+  redis.call('HDEL', job, 'desired', 'eta_seconds', 'phase', 'rendezvous', 'broken')
   if to == 'queued' or to == 'recovering' then enqueue(id) end
   ring()
   return to
