@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.events import Finished, parse_event, read_lines
-from gptcore.rundir import Attempt, RunDir
+from gptcore.rundir import RunDir
 from worker.job import Status
 from worker.progress import Progress
 from worker.record import place
@@ -32,10 +32,13 @@ class Shipper:
         self._holder = holder
         self._total_steps = total_steps
         self._known = ""  # id of the newest event in Redis; empty: to be asked for
-        self._offset = 0  # behind the last line shipped of the first of:
-        self._attempts: list[Attempt] = []  # those still to be read
-        self.progress = Progress(total_steps)
         self.finished = False  # some attempt said so
+        self._turn_to(holder)
+
+    def _turn_to(self, number: int) -> None:
+        self._attempt = self._run_dir.attempt(number)
+        self._offset = 0  # behind its last line shipped
+        self.progress = Progress(self._total_steps)
 
     def send(self, status: Status | None = None, who: str = "", **fields: Any) -> int:
         """Ship the next complete lines; how many there were, BATCH_EVENTS at most. Raises Superseded.
@@ -46,7 +49,7 @@ class Shipper:
         if not self._known:
             self._begin(self._store.last_event(self._job_id))
         lines = self._next_lines()
-        fresh, number = [], self._attempts[0].number
+        fresh, number = [], self._attempt.number
         for _, line in lines:
             try:
                 event = parse_event(line)
@@ -71,21 +74,16 @@ class Shipper:
         if place(known)[0] > self._holder:
             raise Superseded(f"attempt {self._holder} of {self._job_id} was given up: {known} is there")
         self._known = known
-        numbers = range(max(1, place(known)[0]), self._holder + 1)
-        self._attempts = [self._run_dir.attempt(number) for number in numbers]
-        self._offset = 0
-        self.progress = Progress(self._total_steps)
+        self._turn_to(max(1, place(known)[0]))
 
     def _next_lines(self) -> list[tuple[int, str]]:
         """Of the first attempt that has any more."""
         while True:
-            file = self._attempts[0].events
+            file = self._attempt.events
             lines = list(islice(read_lines(file, self._offset), BATCH_EVENTS)) if file.exists() else []
-            if lines or len(self._attempts) == 1:
+            if lines or self._attempt.number == self._holder:
                 return lines
-            self._attempts.pop(0)
-            self._offset = 0
-            self.progress = Progress(self._total_steps)
+            self._turn_to(self._attempt.number + 1)
 
 
 def ship_rest(store: Store, runs: Path, job_id: str, attempt: int) -> None:

@@ -106,7 +106,7 @@ def _reship(shipper: Any) -> None:
 
     def changed(self: Any, known: str) -> None:
         begin(self, known)
-        self._attempts = self._attempts[-1:]
+        self._turn_to(self._holder)
 
     shipper.Shipper._begin = changed
     _replaced(shipper, "ship_rest", lambda *_: None)
