@@ -151,13 +151,11 @@ def _drain(signum: int, frame: FrameType | None) -> None:
 def hand_over(ticket: Ticket, connection: redis.Redis) -> None:
     """Put a ticket into its slot's queue; one that is there already stays alone."""
     queue = Queue(ticket.slot, connection=connection, serializer=JSONSerializer, job_class=TicketJob)
-    try:
+    with suppress(DuplicateJobError):
         queue.enqueue_call(
             FUNCTION, args=[*ticket.model_dump().values()], job_id=ticket.id, unique=True,
             timeout=-1, result_ttl=RESULT_SECONDS, failure_ttl=RESULT_SECONDS,
         )  # fmt: skip
-    except DuplicateJobError:
-        return
 
 
 def serving(settings: Settings, slot: Slot) -> psutil.Process | None:
