@@ -91,7 +91,7 @@ def read_text(path: Path | None, folder: Path) -> Text:
 
 
 def _windows(folder: Path, split: str, characters: np.ndarray) -> Windows:
-    writer = SplitWriter(folder, split, len(characters), None)
+    writer = SplitWriter(folder, split, len(characters))
     writer.append(characters, len(characters))
     return Windows(folder, writer.finish(), BLOCK_SIZE)
 

@@ -38,20 +38,18 @@ from gptcore.sources import Document, Source, hub_files, python_stdlib
 from gptcore.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 4_000_000  # tokenized between two saves of the state
+NOTHING = Split(tokens=0, bytes=0, documents=0, shards=[])
 Progress = Callable[[int, int], None]  # documents done, tokens so far
 
 
 class SplitWriter:
-    """Tokens of one split into shards of at most `shard_tokens`. Its state restores it."""
+    """Tokens of one split into shards of at most `shard_tokens`; goes on behind what `split` says is written."""
 
-    def __init__(self, folder: Path, name: str, shard_tokens: int, state: dict[str, Any] | None):
+    def __init__(self, folder: Path, name: str, shard_tokens: int, split: Split = NOTHING):
         self._folder, self._name, self._shard_tokens = folder, name, shard_tokens
-        state = state or {"shards": [], "open_tokens": 0, "tokens": 0, "bytes": 0, "documents": 0}
-        self.shards = [Shard(**s) for s in state["shards"]]
-        self.open_tokens: int = state["open_tokens"]
-        self.tokens: int = state["tokens"]
-        self.bytes: int = state["bytes"]
-        self.documents: int = state["documents"]
+        self.shards, self.documents = list(split.shards), split.documents
+        self.tokens, self.bytes = split.tokens, split.bytes
+        self._open_tokens = split.tokens - sum(shard.tokens for shard in split.shards)
         self._file = self._open()
 
     @property
@@ -60,11 +58,11 @@ class SplitWriter:
         return self._folder / f"{self._name}-{len(self.shards):05d}.bin"
 
     def _open(self) -> BinaryIO:
-        """The open shard, cut back to what the state knows of."""
-        size = HEADER_BYTES + TOKEN_BYTES * self.open_tokens
-        whole = not self.open_tokens or self._path.stat().st_size >= size
+        """The open shard, cut back to what is known of it."""
+        size = HEADER_BYTES + TOKEN_BYTES * self._open_tokens
+        whole = not self._open_tokens or self._path.stat().st_size >= size
         assert whole, f"{self._path} lost its end; remove {self._folder} to begin anew"
-        file = self._path.open("r+b" if self.open_tokens else "w+b")
+        file = self._path.open("r+b" if self._open_tokens else "w+b")
         file.truncate(size)
         file.seek(size)
         return file
@@ -75,38 +73,38 @@ class SplitWriter:
         self.tokens += len(tokens)
         self.bytes += text_bytes
         while len(tokens):
-            part = tokens[: self._shard_tokens - self.open_tokens]
+            part = tokens[: self._shard_tokens - self._open_tokens]
             self._file.write(part.astype("<u2").tobytes())
-            self.open_tokens += len(part)
+            self._open_tokens += len(part)
             tokens = tokens[len(part) :]
-            if self.open_tokens == self._shard_tokens:
+            if self._open_tokens == self._shard_tokens:
                 self._finish_shard()
-                self._file = self._open()
 
     def _finish_shard(self) -> None:
         self._file.seek(0)
-        self._file.write(shard_header(self.open_tokens))
+        self._file.write(shard_header(self._open_tokens))
         self._sync()
         self._file.close()
-        self.shards.append(_shard(self._path, self.open_tokens))
-        self.open_tokens = 0
+        self.shards.append(_shard(self._path, self._open_tokens))
+        self._open_tokens = 0
+        self._file = self._open()
 
     def _sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def state(self) -> dict[str, Any]:
+    def split(self) -> Split:
+        """What is on the disk by now."""
         self._sync()
-        counts = {key: getattr(self, key) for key in ("open_tokens", "tokens", "bytes", "documents")}
-        return counts | {"shards": [s.model_dump() for s in self.shards]}
+        return Split(tokens=self.tokens, bytes=self.bytes, documents=self.documents, shards=self.shards)
 
     def finish(self) -> Split:
-        if self.open_tokens:
+        if self._open_tokens:
             self._finish_shard()
-        else:
-            self._file.close()
-            self._path.unlink()
-        return Split(tokens=self.tokens, bytes=self.bytes, documents=self.documents, shards=self.shards)
+        split = self.split()
+        self.close()
+        self._path.unlink()  # the next shard's, which holds nothing
+        return split
 
     def close(self) -> None:
         self._file.close()
@@ -128,8 +126,9 @@ def prepare(
     root.mkdir(parents=True, exist_ok=True)
     with exclusive(root / f".{name}.lock"):  # of two that prepare the same dataset the second finds it made
         final, folder = root / name, root / f".{name}.preparing"
-        done = _finished(final, settings, settings | {"source": source.fingerprint})
-        if done is not None:
+        made, as_before = final / "settings.json", settings | {"source": source.fingerprint}  # until November 2026
+        known = made.is_file() and json.loads(made.read_text()) in (settings, as_before)
+        if known and (done := read_dataset(root, name)):
             return done
         if final.exists():
             raise _taken(root, name)
@@ -226,8 +225,9 @@ def _write(
 ) -> dict[str, Split]:
     state = _saved_state(folder, settings)
     shard_tokens, max_tokens = settings["shard_tokens"], settings["max_tokens"]
-    writers = {s: SplitWriter(folder, s, shard_tokens, state.get(s)) for s in ("train", "val")}
-    documents = int(state.get("documents", 0))
+    documents = state.get("documents", 0)
+    written = {s: Split.model_validate(state.get(s, NOTHING)) for s in ("train", "val")}
+    writers = {s: SplitWriter(folder, s, shard_tokens, split) for s, split in written.items()}
     lengths = tokenizer.token_bytes()
     try:
         for batch in _batches(source.read(documents), BATCH_CHARACTERS):
@@ -237,7 +237,8 @@ def _write(
                 split = "val" if _share(document.name) < settings["val_fraction"] else "train"
                 writers[split].append(tokens, int(lengths[tokens].sum()))
             documents += len(batch)
-            saved = {"settings": settings, "documents": documents} | {s: w.state() for s, w in writers.items()}
+            saved = {s: writer.split().model_dump() for s, writer in writers.items()}
+            saved |= {"settings": settings, "documents": documents}
             write_atomically(folder / "state.json", json.dumps(saved))
             progress(documents, sum(w.tokens for w in writers.values()))
         return {split: writer.finish() for split, writer in writers.items()}
@@ -270,14 +271,6 @@ def _batches(documents: Iterable[Document], characters: int) -> Iterator[list[Do
 def _share(name: str) -> float:
     """A document's place in [0, 1), from its name alone."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
-
-
-def _finished(final: Path, *settings: dict[str, Any]) -> Dataset | None:
-    """The dataset that was made with one of these; the last are as they were written until November 2026."""
-    made, described = final / "settings.json", final / "dataset.json"
-    if made.is_file() and described.is_file() and json.loads(made.read_text()) in settings:
-        return Dataset.model_validate_json(described.read_text())
-    return None
 
 
 def _saved_state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
