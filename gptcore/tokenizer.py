@@ -6,7 +6,6 @@ import base64
 import hashlib
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -18,40 +17,28 @@ GPT2_EOT = 50256
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
-class Tokenizer(Protocol):
-    name: str
-    vocab_size: int
-    eot: int  # stands before every document
-
-    def encode(self, text: str) -> np.ndarray:
-        """Tokens (n,) uint16 of a document, without its `eot`."""
-
-    def decode(self, tokens: list[int]) -> str:
-        """The text; bytes that are no UTF-8 become U+FFFD."""
-
-    def token_bytes(self) -> np.ndarray:
-        """Bytes of text of each token (vocab_size,) int64; `eot` has none."""
-
-
 class ByteTokenizer:
     """A token a byte. Documents are parted by byte 0, which text does not hold."""
 
     name = "bytes"
     vocab_size = 256
-    eot = 0
+    eot = 0  # stands before every document
 
     def encode(self, text: str) -> np.ndarray:
+        """Tokens (n,) uint16 of a document, without its `eot`."""
         return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint16)
 
     def decode(self, tokens: list[int]) -> str:
+        """The text; bytes that are no UTF-8 become U+FFFD."""
         return bytes(tokens).decode("utf-8", "replace")
 
     def token_bytes(self) -> np.ndarray:
+        """Bytes of text of each token (vocab_size,) int64; `eot` has none."""
         return np.array([0] + [1] * 255)
 
 
 class GPT2Tokenizer:
-    """GPT-2's BPE through tiktoken; text that spells a special token is only text."""
+    """The same of GPT-2's BPE, through tiktoken; text that spells a special token is only text."""
 
     name = "gpt2"
     vocab_size = 50257
@@ -79,6 +66,9 @@ class GPT2Tokenizer:
     def token_bytes(self) -> np.ndarray:
         by_rank = sorted((rank, len(token)) for token, rank in gpt2_ranks().items())
         return np.array([length for _, length in by_rank] + [0])
+
+
+Tokenizer = ByteTokenizer | GPT2Tokenizer
 
 
 def gpt2_ranks() -> dict[bytes, int]:
