@@ -55,7 +55,7 @@ def _run(process: Process[PublishSpec]) -> Finished:
     process.heed()
     write_card(process.run.export, spec, subject, checked)
     report(PhaseChanged(phase="publishing"))
-    report(hub.upload(step))
+    report(hub.patiently(lambda: hub.upload(step)))
     return Finished(step=step, seconds=time.monotonic() - began)
 
 
@@ -96,36 +96,30 @@ class _Hub:
                 "/repo", "HF_TOKEN is not in the worker's environment; publishing needs a token that may write"
             )
         self._api = HfApi(token=token)
-        found = self._patiently(self._api.whoami)
+        found = self.patiently(self._api.whoami)
         if found.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise refusal("/repo", "the worker's HF_TOKEN may only read; publishing needs one that may write")
 
     def upload(self, step: int) -> Published:
-        """One commit of what differs, none where nothing does; the tag follows it."""
+        """One commit of what differs, none where nothing does; the tag follows it. So it may be done again."""
         repo, private, tag = self._repo, self._process.spec.private, f"step-{step}"
-        message = f"Step {step} of {self._process.spec.source}"
-        self._patiently(lambda: self._api.create_repo(repo, private=private, exist_ok=True))
-        folder = self._process.run.export
+        self._api.create_repo(repo, private=private, exist_ok=True)
         # scores of an earlier model would stand beside this one's weights
         stale = [".eval_results/hellaswag.yaml"]
-        self._patiently(
-            lambda: self._api.upload_folder(
-                repo_id=repo, folder_path=folder, commit_message=message, delete_patterns=stale
-            )
+        message = f"Step {step} of {self._process.spec.source}"
+        self._api.upload_folder(
+            repo_id=repo, folder_path=self._process.run.export, commit_message=message, delete_patterns=stale
         )
-        commit = str(self._patiently(lambda: self._api.model_info(repo)).sha)
-        self._patiently(lambda: self._tag(tag, commit))
+        commit = str(self._api.model_info(repo).sha)
+        tags = {ref.name: ref.target_commit for ref in self._api.list_repo_refs(repo).tags}
+        if tag in tags and tags[tag] != commit:
+            self._api.delete_tag(repo, tag=tag)
+        if tags.get(tag) != commit:
+            self._api.create_tag(repo, tag=tag, revision=commit, exist_ok=True)
         url = f"{self._api.endpoint}/{repo}"
         return Published(step=step, repo=repo, commit=commit, tag=tag, url=url, private=private)
 
-    def _tag(self, tag: str, commit: str) -> None:
-        tags = {ref.name: ref.target_commit for ref in self._api.list_repo_refs(self._repo).tags}
-        if tag in tags and tags[tag] != commit:
-            self._api.delete_tag(self._repo, tag=tag)
-        if tags.get(tag) != commit:
-            self._api.create_tag(self._repo, tag=tag, revision=commit, exist_ok=True)
-
-    def _patiently(self, call: Callable[[], Answer]) -> Answer:
+    def patiently(self, call: Callable[[], Answer]) -> Answer:
         for pause in (*PAUSES_SECONDS, None):
             self._process.heed()
             try:
