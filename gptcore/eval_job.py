@@ -43,11 +43,12 @@ def _run(process: Process[EvalSpec]) -> Finished | None:
     process.started("eval", dist.device.type, dist.world_size)
     process.report(PhaseChanged(phase="preparing"))
     subject = find_subject(spec, process.run.path.parent, datasets_root())
-    harness = _harness(spec, subject) if dist.first else None
+    ours = [task for task in spec.tasks if not task.startswith(HARNESS)]
+    theirs = [task for task in spec.tasks if task.startswith(HARNESS)]
+    manager = _task_manager(theirs, subject) if theirs and dist.first else None
     step = subject.checkpoint.step if isinstance(subject, Trained) else 0
     process.report(PhaseChanged(phase="evaluating"))
     scored = []
-    ours = [task for task in spec.tasks if not task.startswith(HARNESS)]
     if ours:
         scorer = subject.scorer(dist.device)
         for task in ours:
@@ -56,13 +57,14 @@ def _run(process: Process[EvalSpec]) -> Finished | None:
     close()
     if not dist.first:
         return None
-    if harness is not None:
-        folder = _exported(process, subject)
-        for task in spec.tasks:
-            if task.startswith(HARNESS):
-                process.heed()
-                scored.append(_run_harness(task, harness, folder, spec.limit, dist, step))
-                process.report(scored[-1])
+    if theirs:
+        folder = subject.path if isinstance(subject, HubFolder) else process.run.path / "model"
+        if isinstance(subject, Trained):
+            export_model(folder, subject.spec.model, subject.checkpoint.weights(), subject.tokenizer)
+        for task in theirs:
+            process.heed()
+            scored.append(_run_harness(task, manager, folder, spec.limit, dist, step))
+            process.report(scored[-1])
         if isinstance(subject, Trained):
             shutil.rmtree(folder)
     if isinstance(subject, Trained):
@@ -111,12 +113,8 @@ def _score_val_loss(spec: EvalSpec, subject: Trained | HubFolder, scorer: Scorer
 # ---- lm-evaluation-harness
 
 
-def _harness(spec: EvalSpec, subject: Trained | HubFolder) -> Any:
-    """Its task manager, where it is asked for and knows all that is asked. Also YAML files in the datasets
-    folder's `lm_eval/` are tasks."""
-    asked = [task for task in spec.tasks if task.startswith(HARNESS)]
-    if not asked:
-        return None
+def _task_manager(asked: list[str], subject: Trained | HubFolder) -> Any:
+    """The harness's, which knows all that is asked. Also YAML files in the datasets folder's `lm_eval/` are tasks."""
     if isinstance(subject, Trained):
         name, reason = native_class(subject.spec.model)
         if name is None:
@@ -136,14 +134,6 @@ def _harness(spec: EvalSpec, subject: Trained | HubFolder) -> Any:
 
 def _harness_name(task: str) -> str:
     return task.removeprefix(HARNESS).partition("@")[0]
-
-
-def _exported(process: Process[EvalSpec], subject: Trained | HubFolder) -> Path:
-    if isinstance(subject, HubFolder):
-        return subject.path
-    folder = process.run.path / "model"
-    export_model(folder, subject.spec.model, subject.checkpoint.weights(), subject.tokenizer)
-    return folder
 
 
 def _run_harness(task: str, manager: Any, folder: Path, limit: int | None, dist: Dist, step: int) -> Scored:
