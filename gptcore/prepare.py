@@ -1,4 +1,4 @@
-"""Text to token shards: `python -m gptcore.prepare RUN_DIR --attempt N`, or `prepare(…)`.
+"""Text to token shards.
 
 Documents are parted by the tokenizer's `eot`, which stands before each. A document goes to
 validation by the hash of its name: the splits share none, and adding a file moves no other.
@@ -283,9 +283,3 @@ def _saved_state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return {}
-
-
-if __name__ == "__main__":
-    from gptcore.prepare_job import main
-
-    raise SystemExit(main())

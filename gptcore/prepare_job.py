@@ -1,4 +1,4 @@
-"""A `prepare` job as a process: `python -m gptcore.prepare RUN_DIR --attempt N`."""
+"""A `prepare` job as a process: `python -m gptcore.prepare_job RUN_DIR --attempt N`."""
 
 from __future__ import annotations
 
@@ -53,3 +53,7 @@ def open_source(source: SourceSpec) -> Source:
     if source.repo is not None:
         return hub_files(source.repo, source.path, source.field)
     return local_files(source.format, [datasets_root() / "sources" / source.path], source.field)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -16,7 +16,7 @@ from worker.settings import Settings
 
 MODULES = {
     "train": "gptcore.train", "eval": "gptcore.eval_job",
-    "prepare": "gptcore.prepare", "publish": "gptcore.publish_job",
+    "prepare": "gptcore.prepare_job", "publish": "gptcore.publish_job",
 }  # fmt: skip
 # the job system's, none of a trainer's business
 _PRIVATE = ("TRAINMASTER_REDIS_URL", "TRAINMASTER_API_KEY", "TRAINMASTER_TRAINER")
