@@ -1,8 +1,7 @@
 """One reader of Redis a job, however many watch it.
 
-A watcher reads what was from Redis, then takes what comes from a queue that the job's one reader fills.
-The queue is short: who is too slow for it loses it and reads from Redis again, and holds up nobody.
-All of this runs in the server's event loop.
+A watcher reads what was from Redis, then takes what the job's one reader has read since. Of that the newest is
+kept: who is too slow for it reads from Redis again, and holds up nobody. All of this runs in the server's event loop.
 """
 
 from __future__ import annotations
@@ -10,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
-from typing import Literal
 
 from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
@@ -25,7 +25,7 @@ from worker.follow import follow_events
 from worker.record import place
 from worker.store import JobNotFound, Store
 
-QUEUE_EVENTS, PAGE_EVENTS = 1000, 1000
+EVENTS_KEPT, PAGE_EVENTS = 1000, 1000
 QUIET_SECONDS, STOP_SECONDS = 10.0, 0.1
 
 
@@ -39,24 +39,36 @@ class Message:
     sent: bytes
 
 
-News = Message | Literal["behind", "over"]  # events were dropped; the reader has ended
-Queue = asyncio.Queue[News]
-
-
-@dataclass(eq=False)
 class _Feed:
-    """A job's one reader, and the queues that it fills."""
+    """A job's one reader, and what it read behind the event `behind`: the newest of it."""
 
-    queues: set[Queue]
-    reader: asyncio.Task[None] | None = None
+    def __init__(self, behind: str):
+        self.behind = behind
+        self.reader: asyncio.Task[None] | None = None
+        self.watchers = 0
+        self.over = False
+        self._kept: deque[Message] = deque()
+        self._news = asyncio.get_running_loop().create_future()
 
-    def put(self, item: Message | Literal["over"]) -> None:
-        for queue in self.queues:
-            if queue.full():
-                while not queue.empty():
-                    queue.get_nowait()
-                queue.put_nowait("behind")
-            queue.put_nowait(item)
+    def put(self, message: Message) -> None:
+        self._kept.append(message)
+        if len(self._kept) > EVENTS_KEPT:
+            self.behind = self._kept.popleft().id
+        self.wake()
+
+    def wake(self) -> None:
+        self._news.set_result(None)
+        self._news = asyncio.get_running_loop().create_future()
+
+    def newer(self, after: str) -> list[Message]:
+        """What is kept of what stands behind `after`."""
+        newest_first = takewhile(lambda message: place(message.id) > place(after), reversed(self._kept))
+        return [*newest_first][::-1]
+
+    async def stays_quiet(self) -> bool:
+        """Waits for news; whether none came for a while."""
+        heard, _ = await asyncio.wait([self._news], timeout=QUIET_SECONDS)
+        return not heard
 
     def stop(self) -> None:
         """Cancel the reader until it has heard: Python 3.11's `wait_for`, under redis-py, loses a cancellation that
@@ -88,49 +100,38 @@ class Hub:
         Ends when the job has ended, Redis went away or the server is closing. May raise `redis.ConnectionError`
         or `redis.TimeoutError`.
         """
-        queue: Queue = asyncio.Queue(QUEUE_EVENTS)
         feed: _Feed | None = None
-        ended = False
         try:
             while not self.closing:
-                async for page in self._history(job_id, after):
+                is_behind = feed is None or place(after) < place(feed.behind)
+                if is_behind and (page := await run_in_threadpool(self._page, job_id, after)):
                     after = page[-1].id
                     yield page
-                if feed is None:
-                    feed = self._join(job_id, after, queue)
-                    continue  # what came before it joined is history by now
-                if ended:
-                    return
-                while True:
-                    news = await _news(queue)
-                    ended = "over" in news
-                    if "behind" in news:
-                        break
-                    fresh = [m for m in news if isinstance(m, Message) and place(m.id) > place(after)]
-                    after = fresh[-1].id if fresh else after
+                elif feed is None:
+                    feed = self._join(job_id, after)
+                elif fresh := feed.newer(after):
+                    after = fresh[-1].id
                     yield fresh
-                    if ended:
-                        return
+                elif feed.over:
+                    return
+                elif await feed.stays_quiet():
+                    yield []
         finally:
             if feed is not None:
-                self._leave(job_id, feed, queue)
+                self._leave(job_id, feed)
 
-    async def _history(self, job_id: str, after: str) -> AsyncIterator[list[Message]]:
-        while entries := await run_in_threadpool(read_history, self.store, self._runs, job_id, after, PAGE_EVENTS):
-            yield [_message(*entry) for entry in entries]
-            if len(entries) < PAGE_EVENTS:
-                return
-            after = entries[-1][0]
+    def _page(self, job_id: str, after: str) -> list[Message]:
+        return [_message(*one) for one in read_history(self.store, self._runs, job_id, after, PAGE_EVENTS)]
 
-    def _join(self, job_id: str, after: str, queue: Queue) -> _Feed:
-        feed = self._feeds.setdefault(job_id, _Feed(set()))
-        feed.queues.add(queue)
+    def _join(self, job_id: str, after: str) -> _Feed:
+        feed = self._feeds.setdefault(job_id, _Feed(after))
+        feed.watchers += 1
         feed.reader = feed.reader or asyncio.create_task(self._read(job_id, after, feed))
         return feed
 
-    def _leave(self, job_id: str, feed: _Feed, queue: Queue) -> None:
-        feed.queues.discard(queue)
-        if not feed.queues and self._feeds.get(job_id) is feed:
+    def _leave(self, job_id: str, feed: _Feed) -> None:
+        feed.watchers -= 1
+        if not feed.watchers and self._feeds.get(job_id) is feed:
             del self._feeds[job_id]
             feed.stop()
 
@@ -146,7 +147,8 @@ class Hub:
         finally:
             if self._feeds.get(job_id) is feed:
                 del self._feeds[job_id]
-            feed.put("over")
+            feed.over = True
+            feed.wake()
 
 
 def _message(event_id: str, line: str) -> Message:
@@ -154,15 +156,3 @@ def _message(event_id: str, line: str) -> Message:
     made_at = datetime.fromisoformat(event["time"]) if "time" in event else None
     sent = format_sse_event(id=event_id, event=event["type"], data_str=line)
     return Message(event_id, event["type"], made_at, sent)
-
-
-async def _news(queue: Queue) -> list[News]:
-    """All that is in the queue; waits for the first. Empty after a quiet time."""
-    try:
-        async with asyncio.timeout(QUIET_SECONDS):
-            news = [await queue.get()]
-    except TimeoutError:
-        return []
-    while not queue.empty():
-        news.append(queue.get_nowait())
-    return news

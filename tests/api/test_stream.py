@@ -191,11 +191,11 @@ def test_a_reader_ends_at_whatever_moment_its_last_watcher_leaves(
     settings: Settings, store: Store, run: FakeRun
 ) -> None:
     async def leave_after(turns: int) -> None:
-        streams, queue = hub.Hub(store, settings.runs), hub.Queue()
-        feed = streams._join(run.id, "0-0", queue)
+        streams = hub.Hub(store, settings.runs)
+        feed = streams._join(run.id, "0-0")
         for _ in range(turns):
             await asyncio.sleep(0)
-        streams._leave(run.id, feed, queue)
+        streams._leave(run.id, feed)
         assert feed.reader is not None
         _, left = await asyncio.wait([feed.reader], timeout=2)
         assert not left, turns
@@ -251,14 +251,14 @@ def test_many_watchers_of_a_job_are_one_reader_of_redis(server: Server, run: Fak
 def test_who_is_too_slow_misses_nothing_and_holds_up_nobody(
     run: FakeRun, store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "QUEUE_EVENTS", 5)
+    monkeypatch.setattr(hub, "EVENTS_KEPT", 5)
     seen: dict[str, list[str]] = {"slow": [], "fast": []}
 
     async def watch(all_watch: hub.Hub, who: str, go_on: asyncio.Event) -> None:
         async with aclosing(all_watch.watch(run.id, "0-0")) as news:
             async for messages in news:
                 seen[who] += [message.id for message in messages if message.type != "status"]
-                if len(seen[who]) > 1:  # it has joined the queue by then
+                if len(seen[who]) > 1:  # it has joined by then
                     await go_on.wait()
 
     async def both() -> None:
