@@ -21,7 +21,7 @@ from rich.console import Console
 from gptcore.spec import DataSpec, SpecError
 from trainmaster.client import Client, TrainmasterError
 from trainmaster.mistake import Mistake
-from trainmaster.sample import MAX_TOKENS, PROMPT, SEED, TEMPERATURE
+from trainmaster.sample import main as sample
 from trainmaster.tables import facts, job_table, jobs_table, keys_table, plan_table, workers_table
 from worker.settings import BadSetting, Settings
 
@@ -279,18 +279,7 @@ def delete(job: JobId, url: Url = None) -> None:
     console.print(f"{job} deleted")
 
 
-@app.command()
-def sample(
-    model: Annotated[str, typer.Argument(metavar="JOB", help="a job's id, an exported folder, or hf://owner/name")],
-    prompt: Annotated[str, typer.Option(help="what the text begins with")] = PROMPT,
-    max_tokens: Annotated[int, typer.Option(min=1, help="to write at most")] = MAX_TOKENS,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time")] = TEMPERATURE,
-    seed: Annotated[int, typer.Option(help="the same one writes the same text")] = SEED,
-) -> None:
-    """Let an exported model write, by stock transformers on this machine."""
-    options = {"--prompt": prompt, "--max-tokens": max_tokens, "--temperature": temperature, "--seed": seed}
-    words = [f"{name}={value}" for name, value in options.items()]
-    os.execv(sys.executable, [sys.executable, "-m", "trainmaster.sample", _exported(model), *words])
+app.command("sample")(sample)
 
 
 @app.command()
@@ -394,17 +383,6 @@ def _read_spec(file: str) -> dict[str, Any]:
     if not isinstance(spec, dict):
         raise Mistake(f"{file} holds a {type(spec).__name__}, not a JSON object")
     return spec
-
-
-def _exported(model: str) -> str:
-    """The folder of a job or path, or owner/name of a Hub address."""
-    if model.startswith("hf://"):
-        return model.removeprefix("hf://")
-    folders = [Settings.from_environment().runs / model / "export", Path(model)]
-    found = [folder for folder in folders if (folder / "config.json").is_file()]
-    if not found:
-        raise Mistake(f"{model}: no exported model in {' or '.join(map(str, folders))}; a job exports at its end")
-    return str(found[0])
 
 
 def _plan_here(data: dict[str, Any]) -> dict[str, Any]:

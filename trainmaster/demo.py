@@ -116,7 +116,7 @@ def _result(client: Client, job: dict[str, Any], settings: Settings, began: floa
 def _load_and_sample(export: Path) -> tuple[str | None, str]:
     """A sample by stock transformers in a process of its own, or why there is none."""
     parent = os.getpid()
-    command = [sys.executable, "-m", "trainmaster.sample", str(export), "--prompt=def ", "--json"]
+    command = [sys.executable, "-m", "trainmaster.cli", "sample", str(export), "--prompt=def ", "--json"]
     done = subprocess.run(
         command, capture_output=True, text=True, start_new_session=True,
         preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent),

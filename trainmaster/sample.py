@@ -1,19 +1,19 @@
-"""Text from an exported model as it is written, by stock transformers: `python -m trainmaster.sample FOLDER`.
+"""`trainmaster sample`: text from an exported model as it is written, by stock transformers.
 
-A process of its own, so that what loads here loads anywhere: no code of ours takes part.
+What loads here loads anywhere: no code of ours takes part.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-PROMPT, MAX_TOKENS, TEMPERATURE, SEED = "", 200, 0.8, 0  # the command line's too
+from trainmaster.mistake import Mistake
+from worker.settings import Settings
 
 
 def sample(model_name: str, prompt: str, max_tokens: int, temperature: float, seed: int, stream: bool) -> str:
@@ -41,17 +41,29 @@ def sample(model_name: str, prompt: str, max_tokens: int, temperature: float, se
 
 
 def main(
-    model: str, prompt: str = PROMPT, max_tokens: int = MAX_TOKENS, temperature: float = TEMPERATURE, seed: int = SEED,
-    as_json: Annotated[bool, typer.Option("--json", help="the whole text at the end, as JSON")] = False,
-) -> None:  # fmt: skip
-    """Let the model of a folder, or of owner/name on the Hub, write."""
+    model: Annotated[str, typer.Argument(metavar="JOB", help="a job's id, an exported folder, or hf://owner/name")],
+    prompt: Annotated[str, typer.Option(help="what the text begins with")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="to write at most")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time")] = 0.8,
+    seed: Annotated[int, typer.Option(help="the same one writes the same text")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print the whole text at its end, as JSON")] = False,
+) -> None:
+    """Let an exported model write, by stock transformers on this machine."""
+    name = _exported(model)
     try:
-        text = sample(model, prompt, max_tokens, temperature, seed, not as_json)
+        text = sample(name, prompt, max_tokens, temperature, seed, stream=not as_json)
     except OSError as error:  # no such repository, or the Hub is out of reach
-        sys.exit(f"{model}: {error}")
+        raise Mistake(f"{name}: {error}") from error
     if as_json:
-        sys.stdout.write(json.dumps({"sample": text}) + "\n")
+        typer.echo(json.dumps({"sample": text}))
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def _exported(model: str) -> str:
+    """The folder of a job or path, or owner/name of a Hub address."""
+    if model.startswith("hf://"):
+        return model.removeprefix("hf://")
+    folders = [Settings.from_environment().runs / model / "export", Path(model)]
+    found = [folder for folder in folders if (folder / "config.json").is_file()]
+    if not found:
+        raise Mistake(f"{model}: no exported model in {' or '.join(map(str, folders))}; a job exports at its end")
+    return str(found[0])
