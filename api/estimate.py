@@ -17,11 +17,11 @@ from worker.store import Store
 
 RUNS_LOOKED_AT = 50
 EVENTS_LOOKED_AT = 100  # at each end of a run's stream, for its first and its last step
-# low, expected, high. Of a GPU's peak: ours reached 0.42 to 0.49 on an H200, others less. A CPU core: 9e10 was
+# Of a GPU's peak: ours reached 0.42 to 0.49 on an H200, others less. A CPU core: 9e10 was
 # measured for the demo on two cores, and machines differ by more than models do.
-GPU_SHARE_OF_PEAK = (0.2, 0.4, 0.55)
-CPU_CORE_FLOPS = (2e10, 6e10, 1.5e11)
-OTHER_SECONDS = (120.0, 20.0, 5.0)  # start, export: in the order of the speeds
+GPU_SHARE_OF_PEAK = Range(low=0.2, expected=0.4, high=0.55)
+CPU_CORE_FLOPS = Range(low=2e10, expected=6e10, high=1.5e11)
+OTHER_SECONDS = Range(low=5.0, expected=20.0, high=120.0)  # start, export
 
 
 @dataclass(frozen=True)
@@ -36,44 +36,42 @@ class Past:
 def estimate(spec: TrainSpec, plan: Plan, hardware: Hardware, settings: Settings, store: Store) -> Estimate | None:
     """None where nothing is known: no run like it, and a GPU of unknown peak."""
     past = list(_past(spec, store))
-    speeds, others = _from_runs(past) if past else _from_hardware(spec, plan, hardware)
-    if not speeds:
+    margin = 0.25 if len(past) == 1 else 0.1  # over what was seen
+    speed, other = _from_hardware(spec, plan, hardware), OTHER_SECONDS
+    if past:
+        speed = _seen([one.tokens_per_second for one in past], margin)
+        other = _seen([one.other_seconds for one in past], margin)
+    if speed is None:
         return None
-    slow, expected, fast = speeds
     seconds = Range(
-        low=others[2] + plan.total_tokens / fast,
-        expected=others[1] + plan.total_tokens / expected,
-        high=others[0] + plan.total_tokens / slow,
+        low=other.low + plan.total_tokens / speed.high,
+        expected=other.expected + plan.total_tokens / speed.expected,
+        high=other.high + plan.total_tokens / speed.low,
     )
     gpus = plan.world_size if plan.device == "cuda" else 0
     price = settings.price_per_gpu_hour * gpus / 3600
     known = [one.off for one in past if one.off is not None]
     return Estimate(
-        tokens_per_second=Range(low=slow, expected=expected, high=fast), seconds=seconds,
-        cost=Range(**{name: price * value for name, value in seconds}) if price else None,
+        tokens_per_second=speed, seconds=seconds, cost=_times(price, seconds) if price else None,
         basis="past_runs" if past else "hardware", past_runs=len(past),
         past_plans_off=statistics.median(known) if known else None,
     )  # fmt: skip
 
 
-def _from_runs(past: Sequence[Past]) -> tuple[Sequence[float], Sequence[float]]:
-    margin = 0.25 if len(past) == 1 else 0.1  # over what was seen
-    speeds = [one.tokens_per_second for one in past]
-    others = [one.other_seconds for one in past]
-    return (
-        (min(speeds) * (1 - margin), statistics.median(speeds), max(speeds) * (1 + margin)),
-        (max(others) * (1 + margin), statistics.median(others), min(others) * (1 - margin)),
-    )
+def _seen(values: Sequence[float], margin: float) -> Range:
+    return Range(low=min(values) * (1 - margin), expected=statistics.median(values), high=max(values) * (1 + margin))
 
 
-def _from_hardware(spec: TrainSpec, plan: Plan, hardware: Hardware) -> tuple[Sequence[float], Sequence[float]]:
+def _from_hardware(spec: TrainSpec, plan: Plan, hardware: Hardware) -> Range | None:
+    """Tokens a second."""
     if plan.device == "cpu":
-        flops = [one * hardware.ranks * spec.resources.nodes for one in CPU_CORE_FLOPS]
-    elif peak := peak_flops(hardware.device_name):
-        flops = [share * peak * plan.world_size for share in GPU_SHARE_OF_PEAK]
-    else:
-        return (), ()
-    return [one / plan.flops_per_token for one in flops], OTHER_SECONDS
+        return _times(hardware.ranks * spec.resources.nodes / plan.flops_per_token, CPU_CORE_FLOPS)
+    peak = peak_flops(hardware.device_name)
+    return _times(peak * plan.world_size / plan.flops_per_token, GPU_SHARE_OF_PEAK) if peak else None
+
+
+def _times(factor: float, values: Range) -> Range:
+    return Range(**{name: factor * value for name, value in values})
 
 
 def _past(spec: TrainSpec, store: Store) -> Iterator[Past]:
