@@ -1,13 +1,15 @@
-"""The ASGI application: what stands around the routes."""
+"""The ASGI application, what stands around the routes, and the server around it."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import urlsplit
 
+import uvicorn
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
@@ -21,6 +23,8 @@ from api.series import run_cache
 from worker.keyring import KeyRing
 from worker.settings import Settings
 from worker.store import Store
+
+GRACE_SECONDS = 5  # for requests under way; streams are ended at once
 
 
 class Application(FastAPI):
@@ -69,3 +73,17 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
     app.include_router(router, max_body_size=MAX_BODY_BYTES)  # of bodies that do not say their length
     app.mount("/static", StaticFiles(directory=STATIC))
     return app
+
+
+class Server(uvicorn.Server):
+    def __init__(self, settings: Settings, *, open_without_keys: bool = True):
+        self._app = create_app(settings, open_without_keys=open_without_keys)
+        super().__init__(
+            uvicorn.Config(
+                self._app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.services.hub.close()  # uvicorn would wait for streams, then cancel them
+        await super().shutdown(sockets)

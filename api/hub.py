@@ -1,4 +1,4 @@
-"""One reader of Redis a job, however many watch it.
+"""What happened to a job, and what comes: one reader of Redis a job, however many watch it.
 
 A watcher reads what was from Redis, then takes what the job's one reader has read since. Of that the newest is
 kept: who is too slow for it reads from Redis again, and holds up nobody. All of this runs in the server's event loop.
@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 from fastapi.sse import format_sse_event
 from starlette.concurrency import run_in_threadpool
 
-from api.history import read_history
+from gptcore.rundir import RunDir
 from worker.connection import AWAY
 from worker.follow import follow_events
 from worker.record import place
@@ -27,6 +27,21 @@ from worker.store import JobNotFound, Store
 
 EVENTS_KEPT, PAGE_EVENTS = 1000, 1000
 QUIET_SECONDS, STOP_SECONDS = 10.0, 0.1
+
+
+def read_history(store: Store, runs: Path, job_id: str, after: str = "0-0", count: int = 1000) -> list[tuple[str, str]]:
+    """(id, JSON) of events and changes of status behind `after`, oldest first.
+
+    Events that Redis keeps no longer come from the run directory, where it is.
+    """
+    attempt, seq, *_ = place(after)
+    kept, changes = store.read_stream(job_id, f"{attempt}-{seq}", count)
+    first = place(kept[0][0]) if kept else (1 << 60,)  # behind every event
+    if first != (attempt, seq + 1) and (kept or store.last_event(job_id) == "0-0"):
+        lines = RunDir(runs / job_id).lines_behind(attempt, seq)
+        kept = [*islice(takewhile(lambda one: place(one[0]) < first, lines), count), *kept]
+    fresh = [one for one in changes if place(one[0]) > place(after)]
+    return sorted(kept + fresh, key=lambda one: place(one[0]))[:count]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
-from api.history import read_history
-from api.hub import Hub
+from api.hub import Hub, read_history
 from api.monitoring import Monitor
 from api.planning import Planned
 from api.problems import ProblemDetails, Refusal

@@ -41,8 +41,8 @@ def _is_loopback(listener: socket.socket) -> bool:
 def serve(listener: socket.socket) -> None:
     """Serve until SIGTERM."""
     # imported here: a parent that only binds the socket needs none of it
+    from api.app import Server
     from api.monitoring import log_json_lines
-    from api.serving import Server
     from worker.settings import Settings
 
     log_json_lines()

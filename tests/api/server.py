@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import httpx2
 
-from api import serving
+from api import app
 from gptcore.events import Evaluated, EventBase, JsonlReport, Step, read_lines
 from gptcore.plan import Hardware
 from gptcore.rundir import RunDir
@@ -45,7 +45,7 @@ class Server:
     def start(self) -> None:
         listener = socket.create_server(("127.0.0.1", self._port))
         self._port = listener.getsockname()[1]
-        self._uvicorn = serving.Server(self._settings, **self._options)
+        self._uvicorn = app.Server(self._settings, **self._options)
         self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [listener]})
         self._thread.start()
         wait_until(lambda: self._uvicorn.started)
