@@ -78,10 +78,10 @@ def _given(model: Mapping[str, Any], another_preset: bool) -> dict[str, Any]:
     return {field: value for field, value in model.items() if field == "preset" or value != expanded[field]}
 
 
-def _merged(target: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(target)
+def _merged(target: object, patch: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(target) if isinstance(target, dict) else {}
     for name, value in patch.items():
         old = merged.pop(name, None)
         if value is not None:
-            merged[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+            merged[name] = _merged(old, value) if isinstance(value, dict) else value
     return merged

@@ -191,6 +191,7 @@ REPEATS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"model": {"preset": "gpt2-tiny"}}, {"model": {"preset": "gpt2-tiny"}}),
     ({"labels": {"a": "2", "b": None}}, {"labels": {"a": "2"}}),
     ({"labels": None}, {"labels": {}}),
+    ({"init_from": {"source": "hf://me/it", "optimizer": None}}, {"init_from": {"source": "hf://me/it"}}),
 ]
 
 
