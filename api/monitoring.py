@@ -54,9 +54,6 @@ class _Jobs(Collector):
     def __init__(self, store: Store):
         self._store = store
 
-    def describe(self) -> list[GaugeMetricFamily]:
-        return []  # registering must not need Redis
-
     def collect(self) -> Iterator[GaugeMetricFamily | SummaryMetricFamily]:
         found = self._store.census()
         statuses = dict.fromkeys(STATUSES, 0) | found.statuses
