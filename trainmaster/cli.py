@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -221,14 +220,13 @@ def _keyring() -> Iterator[KeyRing]:
     settings = Settings.from_environment()
     with ExitStack() as left:
         if _redis_is_given():
-            await_given(settings.redis_url)
+            url = settings.redis_url
+            await_given(url)
         else:
             from trainmaster.stack import Stack  # which the API's image, having no worker, cannot load
 
-            stack = left.enter_context(Stack(settings, api=False, worker=False))
-            settings = replace(settings, redis_url=stack.redis_url)
-        ring = left.enter_context(closing(KeyRing(settings.redis_url)))
-        yield ring
+            url = left.enter_context(Stack(settings, api=False, worker=False)).redis_url
+        yield left.enter_context(closing(KeyRing(url)))
 
 
 @app.command("list")

