@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timedelta
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
+from gptcore.events import EVENT
+from worker import progress
+
 Event = Mapping[str, Any]
-RECENT_STEPS = 50  # what the time left is reckoned from
 
 
 class Follower:
     """What a job's events say so far, kept as a line of text and a share done."""
 
     def __init__(self, total_steps: int | None):
-        self.total_steps = total_steps
-        self.step = 0
-        self.phase = "waiting"
-        self.train_loss: float | None = None
-        self.val_loss: float | None = None
-        self.tokens_per_second: float | None = None
-        self._recent: deque[tuple[int, datetime]] = deque(maxlen=RECENT_STEPS)
+        self._progress = progress.Progress(total_steps)
+        # of the job, as its worker keeps them, and the newest losses
+        self.fields: dict[str, Any] = {"total_steps": total_steps, "step": 0, "phase": "waiting"}
 
     def take(self, event: Event) -> str | None:
         """Learn from one event. Returns what is worth a line of its own."""
+        if event["type"] == "started":  # a new attempt has a pace of its own
+            self._progress = progress.Progress(self.fields["total_steps"])
+        with suppress(ValidationError):  # a change of status, or a newer trainer's
+            self.fields |= self._progress.take(EVENT.validate_python(event))
         match event["type"]:
+            case "step":
+                self.fields["train_loss"] = float(event["train_loss"])
             case "started":
-                self.total_steps = event["total_steps"] or self.total_steps
-                self._recent.clear()
                 of = f", {event['parameters']:,} parameters" if event["parameters"] else ""
                 return f"attempt {event['attempt']} on {event['device_name']}{of}"
-            case "phase":
-                self.phase = event["phase"]
-            case "step":
-                self.step, self.train_loss = event["step"], float(event["train_loss"])
-                self.tokens_per_second = event["tokens_per_second"]
-                self._recent.append((event["step"], datetime.fromisoformat(event["time"])))
             case "evaluated":
-                self.val_loss = float(event["val_loss"])
+                self.fields["val_loss"] = float(event["val_loss"])
                 return f"step {event['step']}: {self.numbers()}"
             case "scored":
                 results = ", ".join(f"{name} {float(value):.4f}" for name, value in event["results"].items())
@@ -59,34 +56,25 @@ class Follower:
 
     def numbers(self) -> str:
         """Losses in nats a token, speed, time left: as much as is known."""
+        left = self.fields.get("eta_seconds")
         known = [
-            ("loss {:.3f}", self.train_loss),
-            ("val {:.3f}", self.val_loss),
-            ("{:,.0f} tokens/s", self.tokens_per_second),
-            ("{} left", self.seconds_left()),
+            ("loss {:.3f}", self.fields.get("train_loss")),
+            ("val {:.3f}", self.fields.get("val_loss")),
+            ("{:,.0f} tokens/s", self.fields.get("tokens_per_second")),
+            ("{} left", timedelta(seconds=round(left)) if left else None),
         ]
         return "  ".join(text.format(value) for text, value in known if value is not None)
-
-    def seconds_left(self) -> timedelta | None:
-        """From the pace of the recent steps, evaluations and checkpoints between them included."""
-        if len(self._recent) < 2 or not self.total_steps or self.step >= self.total_steps:
-            return None
-        (first, began), (last, ended) = self._recent[0], self._recent[-1]
-        if last <= first:
-            return None
-        seconds = (ended - began).total_seconds() / (last - first) * (self.total_steps - last)
-        return timedelta(seconds=round(seconds))
 
 
 def follow(events: Iterable[Event], job: Event, console: Console) -> None:
     """Show a job's events until they end: a bar in a terminal, else a line an evaluation."""
     follower = Follower(job["total_steps"])
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}")
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task(escape(job["name"]), total=job["total_steps"], numbers="")
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        bar = bars.add_task(escape(job["name"]), total=job["total_steps"], numbers="")
         for event in events:
             if said := follower.take(event):
                 console.print(f"  {escape(said)}", highlight=False)
-            total, phase = follower.total_steps, f"{follower.phase:<13}"
-            numbers = f"{follower.step}/{total or '?'}  {follower.numbers()}"
-            progress.update(bar, total=total, completed=follower.step, description=phase, numbers=numbers)
+            step, total = follower.fields["step"], follower.fields["total_steps"]
+            numbers, phase = f"{step}/{total or '?'}  {follower.numbers()}", f"{follower.fields['phase']:<13}"
+            bars.update(bar, total=total, completed=step, description=phase, numbers=numbers)
