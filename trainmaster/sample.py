@@ -16,30 +16,6 @@ from trainmaster.mistake import Mistake
 from worker.settings import Settings
 
 
-def sample(model_name: str, prompt: str, max_tokens: int, temperature: float, seed: int, stream: bool) -> str:
-    """Load a folder, or a Hub repository, as any tool would and let it go on from the prompt."""
-    if Path(model_name).exists():
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_name)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_name)
-    context = model.config.max_position_embeddings
-    given = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else torch.tensor([[tokenizer.bos_token_id]])
-    given = given[:, -(context - 1) :]  # the oldest tokens of a prompt too long do not count
-    max_tokens = min(max_tokens, context - given.shape[1])
-    torch.manual_seed(seed)
-    tokens = model.generate(
-        given, attention_mask=torch.ones_like(given), pad_token_id=tokenizer.eos_token_id,
-        max_new_tokens=max_tokens, do_sample=temperature > 0, temperature=temperature or None,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
-    )  # fmt: skip
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
-
-
 def main(
     model: Annotated[str, typer.Argument(metavar="JOB", help="a job's id, an exported folder, or hf://owner/name")],
     prompt: Annotated[str, typer.Option(help="what the text begins with")] = "",
@@ -50,12 +26,30 @@ def main(
 ) -> None:
     """Let an exported model write, by stock transformers on this machine."""
     name = _exported(model)
+    if Path(name).exists():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        text = sample(name, prompt, max_tokens, temperature, seed, stream=not as_json)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        net: Any = AutoModelForCausalLM.from_pretrained(name)
     except OSError as error:  # no such repository, or the Hub is out of reach
         raise Mistake(f"{name}: {error}") from error
+    context = net.config.max_position_embeddings
+    given = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else torch.tensor([[tokenizer.bos_token_id]])
+    given = given[:, -(context - 1) :]  # the oldest tokens of a prompt too long do not count
+    torch.manual_seed(seed)
+    tokens = net.generate(
+        given, attention_mask=torch.ones_like(given), pad_token_id=tokenizer.eos_token_id,
+        max_new_tokens=min(max_tokens, context - given.shape[1]),
+        do_sample=temperature > 0, temperature=temperature or None,
+        streamer=None if as_json else TextStreamer(tokenizer, skip_special_tokens=True),
+    )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps({"sample": text}))
+        typer.echo(json.dumps({"sample": tokenizer.decode(tokens[0], skip_special_tokens=True)}))
 
 
 def _exported(model: str) -> str:

@@ -67,15 +67,14 @@ def test_a_prompt_counts_though_more_is_asked_for_than_the_context_holds(tmp_pat
     export_model(tmp_path / "e", model.spec, {k: p.detach() for k, p in model.named_parameters()}, "bytes")
     prompt = "def f(x): return"
     code = (
-        "import json, sys; from trainmaster.sample import sample\n"
-        "asked = json.loads(sys.argv[2])\n"
-        "print(json.dumps([sample(sys.argv[1], prompt, most, 0.0, 0, stream=False) for prompt, most in asked]))"
+        "import json, sys; from trainmaster.sample import main\n"
+        "for prompt, most in json.loads(sys.argv[2]): main(sys.argv[1], prompt, most, 0.0, 0, as_json=True)"
     )
     asked = [(prompt, 10), (prompt, 200), ("x" * 40 + prompt, 200)]
     # a process of its own: what sampling asks of the Hub's client holds for the whole process
     command = [sys.executable, "-c", code, str(tmp_path / "e"), json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    few, many, cut = json.loads(done.stdout.splitlines()[-1])
+    few, many, cut = (json.loads(line)["sample"] for line in done.stdout.splitlines())
     assert few.startswith(prompt) and many.startswith(prompt) and len(prompt) < len(few) < len(many)
     assert cut.startswith("x" * 15 + prompt)
 
