@@ -239,9 +239,7 @@ def list_jobs(
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""
-    given = {"status": status, "kind": kind, "label": label, "limit": limit}
-    page = Client(url).jobs(**{key: value for key, value in given.items() if value is not None})
-    _show(page, as_json, jobs_table)
+    _show(Client(url).jobs(status=status, kind=kind, label=label, limit=limit), as_json, jobs_table)
 
 
 @app.command()

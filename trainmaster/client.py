@@ -94,9 +94,9 @@ class Client:
     def job(self, job_id: str) -> Json:
         return self._call("GET", _job(job_id))
 
-    def jobs(self, **filters: str | int) -> Json:
+    def jobs(self, **filters: str | int | None) -> Json:
         """A page of jobs, newest first → {"data", "has_more", "next"}. `after` takes a page's `next`."""
-        return self._call("GET", "/jobs", params=filters)
+        return self._call("GET", "/jobs", params={name: value for name, value in filters.items() if value is not None})
 
     def cancel(self, job_id: str) -> Json:
         """Ask for a job's end → the job; it ends once it is `cancelled`."""
