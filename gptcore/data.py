@@ -9,8 +9,8 @@ number of ranks.
 from __future__ import annotations
 
 import itertools
-import queue
-import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,56 +96,39 @@ class Sequence:
 
 
 class Prefetcher:
-    """One rank's micro-batches from `position` on, read ahead by a thread into pinned memory.
+    """One rank's micro-batches from where `seek` says, read ahead by a thread into pinned memory.
 
     A step's global batch is `sequences_per_step` consecutive sequences; rank r takes the r-th equal
     part, in micro-batches. So another number of ranks sees the same global batches.
     """
 
-    def __init__(
-        self, sequence: Sequence, dist: Dist, *, position: int, sequences_per_step: int, micro_batch_size: int
-    ):
-        self._sequence, self._device = sequence, dist.device
-        share = sequences_per_step // dist.world_size
-        self._starts = (
-            first + dist.rank * share + offset
-            for first in itertools.count(position, sequences_per_step)
-            for offset in range(0, share, micro_batch_size)
-        )
-        self._micro_batch_size = micro_batch_size
-        self._ready: queue.Queue[Batch | Exception] = queue.Queue(PREFETCHED_BATCHES)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
-        self._thread.start()
+    def __init__(self, sequence: Sequence, dist: Dist, *, sequences_per_step: int, micro_batch_size: int):
+        self._sequence, self._dist = sequence, dist
+        self._sequences_per_step, self._micro_batch_size = sequences_per_step, micro_batch_size
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
-    def _fill(self) -> None:
-        for start in self._starts:
-            item: Batch | Exception
-            try:
-                item = self._sequence.read(start, self._micro_batch_size)
-                if self._device.type == "cuda":
-                    item = (item[0].pin_memory(), item[1].pin_memory())
-            except (OSError, ValueError, RuntimeError) as error:  # raised again where it is taken
-                item = error
-            while not self._closing.is_set():
-                try:
-                    self._ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if self._closing.is_set() or isinstance(item, Exception):
-                return
+    def seek(self, position: int) -> None:
+        """Go on from this sequence of the run, whatever was read ahead."""
+        share = self._sequences_per_step // self._dist.world_size
+        self._starts = (
+            first + self._dist.rank * share + offset
+            for first in itertools.count(position, self._sequences_per_step)
+            for offset in range(0, share, self._micro_batch_size)
+        )
+        self._ready = deque(self._ask() for _ in range(PREFETCHED_BATCHES))
+
+    def _ask(self) -> Future[Batch]:
+        return self._pool.submit(self._read, next(self._starts))
+
+    def _read(self, start: int) -> Batch:
+        tokens, targets = self._sequence.read(start, self._micro_batch_size)
+        return (tokens.pin_memory(), targets.pin_memory()) if self._dist.device.type == "cuda" else (tokens, targets)
 
     def take(self) -> Batch:
         """The next micro-batch, on the device; waits where the disk is slower than the model."""
-        item = self._ready.get()
-        if isinstance(item, Exception):
-            raise item
-        tokens, targets = item
-        if self._device.type == "cuda":
-            return tokens.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
-        return tokens, targets
+        self._ready.append(self._ask())
+        tokens, targets = self._ready.popleft().result()
+        return tokens.to(self._dist.device, non_blocking=True), targets.to(self._dist.device, non_blocking=True)
 
     def close(self) -> None:
-        self._closing.set()
-        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)

@@ -73,7 +73,10 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         trace = self.run.path / "profile" / f"rank-{self.dist.rank}-a{self.attempt.number:04d}.json"
         self.tracer = Tracer(self.spec.profile_steps, trace)
-        self.batches: Prefetcher | None = None
+        self.batches = Prefetcher(
+            self.train_windows, self.dist,
+            sequences_per_step=self._sequences_per_step, micro_batch_size=self.planned.micro_batch_size,
+        )  # fmt: skip
 
     # --- the run
 
@@ -103,7 +106,7 @@ class Trainer:
             self._evaluate()
         if self.state.score_owed:
             self._score_hellaswag()
-        self._open_batches()
+        self.batches.seek(self.state.position)
         try:
             while self.state.step < self.spec.max_steps:
                 self.tracer.before(self.state.step + 1)
@@ -127,7 +130,7 @@ class Trainer:
                 self.saver.poll()
         finally:
             self.tracer.close()  # also one whose last step never came
-            self._close_batches()
+            self.batches.close()
         return None
 
     def step(self) -> Any:
@@ -155,7 +158,6 @@ class Trainer:
 
     def _accumulate_gradients(self) -> tuple[Tensor, float]:
         """Forward and backward over this rank's share of the batch → its mean loss (), seconds waited."""
-        assert self.batches is not None
         steps = self.planned.grad_accum_steps
         loss, waited = torch.zeros((), device=self.dist.device), 0.0
         for micro_step in range(steps):
@@ -214,7 +216,7 @@ class Trainer:
         passed_over = (bad.position - self.state.position) // self._sequences_per_step
         self.state.position, self.state.rollbacks = bad.position, rollbacks
         self.state.batches_skipped = bad.batches_skipped
-        self._open_batches()
+        self.batches.seek(self.state.position)
         step = self.state.step
         self.report(events.RolledBack(from_step=bad.step, to_step=step, batches_passed_over=passed_over, reason=reason))
 
@@ -281,21 +283,6 @@ class Trainer:
         set_weights(self.model, checkpoint.weights())
         load_optimizer_tensors(self.model, self.optimizers, self.dist, checkpoint.optimizer())
         self.state = checkpoint.state()
-
-    def _open_batches(self) -> None:
-        self._close_batches()
-        self.batches = Prefetcher(
-            self.train_windows,
-            self.dist,
-            position=self.state.position,
-            sequences_per_step=self._sequences_per_step,
-            micro_batch_size=self.planned.micro_batch_size,
-        )
-
-    def _close_batches(self) -> None:
-        if self.batches is not None:
-            self.batches.close()
-            self.batches = None
 
     # --- looking at the model
 

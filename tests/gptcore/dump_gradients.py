@@ -22,9 +22,9 @@ def main(folder: Path) -> None:
     dist = start("cpu", 1)
     trainer = build(resolve(spec, datasets_root()), dataset, dist, run, run.attempt(1), lambda event: None)
     trainer._warm_up()
-    trainer._open_batches()
+    trainer.batches.seek(0)
     trainer._accumulate_gradients()
-    trainer._close_batches()
+    trainer.batches.close()
     if dist.first:
         gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
         torch.save(gradients, folder / f"gradients-{dist.world_size}.pt")

@@ -52,10 +52,9 @@ def drain(sequence: Sequence, position: int, steps: int, ranks: int, micro: int,
     """First tokens of every window by step, over all ranks in order."""
     found: list[list[int]] = [[] for _ in range(steps)]
     for rank in range(ranks):
-        batches = Prefetcher(
-            sequence, Dist(rank, rank, ranks, CPU),
-            position=position, sequences_per_step=per_step, micro_batch_size=micro,
-        )  # fmt: skip
+        dist = Dist(rank, rank, ranks, CPU)
+        batches = Prefetcher(sequence, dist, sequences_per_step=per_step, micro_batch_size=micro)
+        batches.seek(position)
         for step in range(steps):
             for _ in range(per_step // ranks // micro):
                 tokens, targets = batches.take()

@@ -90,13 +90,13 @@ def test_a_step_waits_for_the_device_only_where_all_ranks_agree(
     run = RunDir(tmp_path / "run")
     dist = Dist(0, 0, 1, torch.device("cpu"))
     trainer = build(resolve(spec, home / "datasets"), dataset, dist, run, run.claim_attempt(), lambda event: None)
-    trainer._open_batches()
+    trainer.batches.seek(0)
     trainer.step()  # makes the optimiser's state
     with Reads() as reads:
         trainer.step()
         assert reads.seen == []  # the one list that all ranks agree on is no number, on a CPU
         float(torch.ones(1))
-    trainer._close_batches()
+    trainer.batches.close()
     assert len(reads.seen) == 1
 
 
