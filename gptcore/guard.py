@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
 
+from gptcore.events import Skipped
 from gptcore.state import TrainState
 
 WINDOW = 128
@@ -19,23 +19,18 @@ SKIPS_BEFORE_ROLLBACK = 5
 MAX_ROLLBACKS = 3
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Why an update is refused. Limits are None while a window is not full."""
-
-    reason: str  # "non_finite" or "spike"
-    loss_limit: float | None
-    grad_norm_limit: float | None
-
-
-def judge(state: TrainState, loss: float, grad_norm: float) -> Verdict | None:
-    """None where the update may be applied. Changes nothing."""
+def judge(state: TrainState, loss: float, grad_norm: float) -> Skipped | None:
+    """None where the update may be applied, else what is said of it. Changes nothing."""
     loss_limit, norm_limit = limit(state.losses), limit(state.grad_norms)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        return Verdict("non_finite", loss_limit, norm_limit)
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
     over_loss = loss_limit is not None and loss > loss_limit
     over_norm = norm_limit is not None and grad_norm > norm_limit
-    return Verdict("spike", loss_limit, norm_limit) if over_loss or over_norm else None
+    if finite and not (over_loss or over_norm):
+        return None
+    return Skipped(
+        step=state.step + 1, reason="spike" if finite else "non_finite", train_loss=loss, grad_norm=grad_norm,
+        loss_limit=loss_limit, grad_norm_limit=norm_limit,
+    )  # fmt: skip
 
 
 def limit(window: list[float]) -> float | None:

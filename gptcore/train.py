@@ -38,7 +38,7 @@ from gptcore.state import TrainState
 from gptcore.tokenizer import load_tokenizer
 from gptcore.tracing import Tracer
 
-STOP_CODES = {"": 0, "pause": 1, "cancel": 2, "max_duration": 3}
+STOPS = ("", "pause", "cancel", "max_duration")  # as numbers when ranks agree
 WARMUP_PASSES = 2  # discarded; after them DDP's buckets are final, so summation order is too
 
 
@@ -141,8 +141,8 @@ class Trainer:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = get_total_norm(grads)
         train_loss, grad_norm, stop = self._agree(loss, norm)
-        verdict = guard.judge(state, train_loss, grad_norm)
-        if verdict is None:
+        refused = guard.judge(state, train_loss, grad_norm)
+        if refused is None:
             clip = spec.optim.grad_clip
             update(self.optimizers, norm / clip if clip is not None and grad_norm > clip else None)
             guard.accept(state, train_loss, grad_norm)
@@ -150,10 +150,12 @@ class Trainer:
         state.step += 1
         state.tokens += spec.tokens_per_step
         state.position += self._sequences_per_step
-        if verdict is None:
+        if refused is None:
             self._report_step(began, train_loss, lr, grad_norm, data_wait_seconds)
         else:
-            self._skip(verdict, train_loss, grad_norm)
+            self.report(refused)
+            if guard.skip(state):
+                self._roll_back(refused.reason)
         return stop
 
     def _accumulate_gradients(self) -> tuple[Tensor, float]:
@@ -179,27 +181,17 @@ class Trainer:
 
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float, Any]:
         """Mean loss over the ranks, the gradients' norm, why to stop: the step's only wait for the device."""
-        told = STOP_CODES.get(self.attempt.told(), 1) if self.dist.first else 0
+        told = self.attempt.told() if self.dist.first else ""
+        code = STOPS.index(told if told in STOPS else "pause")
         # filled on the device: a tensor made of a Python number is copied there, and the copy waits for it
-        words = torch.stack((loss, torch.full_like(loss, told), torch.full_like(loss, self.signalled)))
+        words = torch.stack((loss, torch.full_like(loss, code), torch.full_like(loss, self.signalled)))
         total, code, signals, grad_norm = torch.cat((self.dist.sum(words), norm.to(loss).view(1))).tolist()
-        reason = next((r for r, c in STOP_CODES.items() if c == int(code) and c), None)
-        return total / self.dist.world_size, grad_norm, reason or ("pause" if signals else None)
+        return total / self.dist.world_size, grad_norm, STOPS[int(code)] or ("pause" if signals else None)
 
     def _on_signal(self, signum: int, frame: object) -> None:
         self.signalled = True
 
-    # --- the guard
-
-    def _skip(self, verdict: guard.Verdict, train_loss: float, grad_norm: float) -> None:
-        go_back = guard.skip(self.state)
-        self.report(
-            events.Skipped.model_validate(
-                {"step": self.state.step, "train_loss": train_loss, "grad_norm": grad_norm, **vars(verdict)}
-            )
-        )
-        if go_back:
-            self._roll_back(verdict.reason)
+    # --- beginning, and beginning again
 
     def _roll_back(self, reason: str) -> None:
         """To the last checkpoint's weights and step, and on from the data behind the bad batches."""
@@ -219,8 +211,6 @@ class Trainer:
         self.batches.seek(self.state.position)
         step = self.state.step
         self.report(events.RolledBack(from_step=bad.step, to_step=step, batches_passed_over=passed_over, reason=reason))
-
-    # --- beginning, and beginning again
 
     def _warm_up(self) -> None:
         """Two discarded passes: compile, and fix the order in which DDP sums gradients."""
