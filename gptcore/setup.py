@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +31,7 @@ from gptcore.hellaswag import Item, load_items
 from gptcore.locks import shared
 from gptcore.model import GPT
 from gptcore.optim import build_optimizers
-from gptcore.plan import Plan, peak_flops, plan, resolve
+from gptcore.plan import peak_flops, plan, resolve
 from gptcore.preflight import preflight
 from gptcore.prepare import prepare_builtin
 from gptcore.procs import die_with_parent
@@ -40,6 +40,7 @@ from gptcore.spec import SpecError, TrainSpec, read_spec, refusal
 from gptcore.train import Trainer
 
 PREPARING_SECONDS = 24 * 3600.0
+Found = TypeVar("Found")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,18 +102,18 @@ def _claim(arguments: argparse.Namespace, spec: TrainSpec, rank: int) -> tuple[R
     if rank == 0:
         if arguments.spec is not None:
             write_atomically(run.spec, spec.model_dump_json(indent=2))
-        attempt = run.claim_attempt()
-        write_atomically(token, str(attempt.number))
-        return run, attempt
+        write_atomically(token, str(run.claim_attempt().number))
     _wait_for(token.exists, "rank 0's attempt")
     return run, run.attempt(int(token.read_text()))
 
 
-def _wait_for(there: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+def _wait_for(look: Callable[[], Found | None], what: str, seconds: float = 60.0) -> Found:
+    """What `look` finds, once it finds something."""
     deadline = time.monotonic() + seconds
-    while not there():
+    while not (found := look()):
         assert time.monotonic() < deadline, f"{what} did not appear within {seconds:.0f} s"
         time.sleep(0.05)
+    return found
 
 
 def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: Attempt, report: Report) -> Trainer:
@@ -132,7 +133,14 @@ def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: A
     torch.manual_seed(spec.seed)
     model = GPT(spec.model, activation_checkpointing=spec.activation_checkpointing).to(dist.device)
     forward, replica = wrap(model, compiled, dist)
-    report(_started(spec, dataset, planned, dist, hardware.device_name, precision, compiled))
+    report(Started(
+        kind=spec.kind, device=dist.device.type, device_name=hardware.device_name, world_size=dist.world_size,
+        threads=torch.get_num_threads(), precision=precision, compiled=compiled,
+        micro_batch_size=planned.micro_batch_size, grad_accum_steps=planned.grad_accum_steps,
+        parameters=planned.parameters, total_steps=planned.total_steps, tokens_per_step=planned.tokens_per_step,
+        versions={"python": platform.python_version(), "torch": torch.__version__, "trainmaster": _version()},
+        dataset_sha256=dataset.sha256,
+    ))  # fmt: skip
     return Trainer(
         spec=spec, planned=planned, dist=dist, run=run, attempt=attempt, report=report,
         model=model, forward=forward, replica=replica, compiled=compiled, precision=precision,
@@ -156,15 +164,10 @@ def _dataset(spec: TrainSpec, rank: int, report: Report) -> Dataset:
     Before the ranks join each other: hours of tokenizing would outlast any collective's patience.
     """
     name, root = spec.data.dataset, datasets_root()
-    dataset = read_dataset(root, name)
-    if dataset is None and rank == 0:
+    if rank == 0 and read_dataset(root, name) is None:
         report(PhaseChanged(phase="preparing", message=f"preparing {name}"))
-        dataset = prepare_builtin(root, name)
-    if dataset is None:
-        _wait_for(lambda: read_dataset(root, name) is not None, f"dataset {name}", PREPARING_SECONDS)
-        dataset = read_dataset(root, name)
-    assert dataset is not None
-    return dataset
+        prepare_builtin(root, name)
+    return _wait_for(lambda: read_dataset(root, name), f"dataset {name}", PREPARING_SECONDS)
 
 
 def _need_windows(spec: TrainSpec, dataset: Dataset, train: Windows, val: Windows) -> None:
@@ -194,19 +197,6 @@ def _as_before(spec: TrainSpec, run: RunDir) -> TrainSpec:
     meta = checkpoints[-1].meta()
     before = ["precision", *(["micro_batch_size"] if meta["world_size"] == spec.world_size else [])]
     return spec.model_copy(update={name: meta[name] for name in before if getattr(spec, name) == "auto"})
-
-
-def _started(
-    spec: TrainSpec, dataset: Dataset, planned: Plan, dist: Dist, device_name: str, precision: str, compiled: bool
-) -> Started:
-    return Started(
-        kind=spec.kind, device=dist.device.type, device_name=device_name, world_size=dist.world_size,
-        threads=torch.get_num_threads(), precision=precision, compiled=compiled,
-        micro_batch_size=planned.micro_batch_size, grad_accum_steps=planned.grad_accum_steps,
-        parameters=planned.parameters, total_steps=planned.total_steps, tokens_per_step=planned.tokens_per_step,
-        versions={"python": platform.python_version(), "torch": torch.__version__, "trainmaster": _version()},
-        dataset_sha256=dataset.sha256,
-    )  # fmt: skip
 
 
 def _version() -> str:
