@@ -39,12 +39,15 @@ _SIZES = {
 }
 
 
-def _fill_derived(fields: dict[str, Any]) -> dict[str, Any]:
+_GROUPED = {"gpt2": 1, "llama": 2, "qwen3": 2, "nanochat": 1}  # query heads a key/value head
+
+
+def _fill_derived(fields: dict[str, Any], grouped: int = 1) -> dict[str, Any]:
     """Fill n_kv_head, head_dim and n_hidden where they follow from other fields."""
     n_embd, n_head = fields.get("n_embd"), fields.get("n_head")
     if not (isinstance(n_embd, int) and isinstance(n_head, int) and n_embd > 0 and n_head > 0):
         return fields  # the field checks will say so
-    fields.setdefault("n_kv_head", n_head)
+    fields.setdefault("n_kv_head", n_head if n_head % grouped else n_head // grouped)
     if "head_dim" not in fields:
         if n_embd % n_head:
             divisors = [h for h in range(1, min(n_embd, 512) + 1) if n_embd % h == 0]
@@ -61,19 +64,17 @@ def _fill_derived(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _preset(family: str, size: str) -> dict[str, Any]:
+def _preset(family: str, size: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's fields with some that are given; widths follow those that they follow from."""
     n_layer, n_embd, n_head, block_size = _SIZES[size]
     if family == "nanochat":
         n_head = max(n_embd // 128, 2)
-    grouped = family in ("llama", "qwen3")
-    return _fill_derived(FAMILIES[family] | {
-        "n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": block_size,
-        "n_kv_head": n_head // 2 if grouped else n_head,
-    })  # fmt: skip
+    shape = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": block_size}
+    return _fill_derived(FAMILIES[family] | shape | dict(given), _GROUPED[family])
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    f"{family}-{size}": _preset(family, size)
+    f"{family}-{size}": _preset(family, size, {})
     for family in FAMILIES
     for size in _SIZES
     if family == "gpt2" or size in ("tiny", "124m", "350m")
@@ -83,28 +84,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 def expand(given: Mapping[str, Any]) -> dict[str, Any]:
     """A model's fields with those that its preset and its other fields imply. Raises ValueError."""
     preset = given.get("preset")
-    fields = dict(given)
-    if preset is not None:
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise ValueError(f"preset {preset!r} is unknown; {closest(str(preset), PRESETS)}")
-        fields = _drop_derived(PRESETS[preset], given) | fields
-    return _fill_derived(fields)
-
-
-def _drop_derived(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset without the widths that must follow a width the user changed."""
-    fields = dict(preset)
-    if given.keys() & {"n_embd", "n_head"}:
-        fields.pop("head_dim", None)
-    if given.keys() & {"n_embd", "mlp"}:
-        fields.pop("n_hidden", None)
-    if "n_head" in given and "n_kv_head" not in given:
-        # keep the preset's ratio of query to key/value heads where it fits, else plain attention
-        ratio = preset["n_head"] // preset["n_kv_head"]
-        n_head = given["n_head"]
-        fits = isinstance(n_head, int) and n_head % ratio == 0
-        fields["n_kv_head"] = n_head // ratio if fits else n_head
-    return fields
+    if preset is None:
+        return _fill_derived(dict(given))
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown; {closest(str(preset), PRESETS)}")
+    family, size = preset.split("-")
+    # where a width that others follow from is none, theirs are the preset's: it alone is complained of
+    return PRESETS[preset] | _preset(family, size, given)
 
 
 def closest(word: str, known: Iterable[str]) -> str:

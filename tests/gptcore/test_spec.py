@@ -48,6 +48,10 @@ def test_a_width_that_heads_do_not_divide_names_heads_that_do() -> None:
     assert "5" in message
 
 
+def test_a_width_that_is_none_is_the_only_one_complained_of() -> None:
+    assert set(refused(MINIMAL | {"model": {"preset": "llama-tiny", "n_head": 0}})) == {"/model/n_head"}
+
+
 def test_every_problem_is_named_at_once() -> None:
     found = refused(MINIMAL | {"optim": {"lr": "high", "name": "sgd"}, "max_steps": 0})
     assert set(found) == {"/optim/lr", "/optim/name", "/max_steps"}
