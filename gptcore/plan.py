@@ -152,11 +152,9 @@ def flops_per_token(model: ModelSpec, matmul_parameters: int, causal: bool) -> i
 def plan(spec: TrainSpec, hardware: Hardware) -> Plan:
     """Derive every number of a resolved spec. Raises SpecError with all that is impossible."""
     model, world_size = spec.model, spec.world_size
-    problems = _capacity_problems(spec, hardware)
-    micro_batch_size, problem = _micro_batch_size(spec, hardware)
-    problems += [problem] if problem else []
-    if problems:
+    if problems := _problems(spec, hardware):
         raise SpecError(problems)
+    micro_batch_size = _micro_batch_size(spec, hardware)
     counts = count_parameters(model)
     name, reason = native_class(model)
     flops = flops_per_token(model, counts.matmul, causal=False)
@@ -182,7 +180,7 @@ def plan(spec: TrainSpec, hardware: Hardware) -> Plan:
     return planned
 
 
-def _capacity_problems(spec: TrainSpec, hardware: Hardware) -> list[Problem]:
+def _problems(spec: TrainSpec, hardware: Hardware) -> list[Problem]:
     asked, problems = spec.resources, []
     if asked.device != "auto" and asked.device != hardware.device:
         message = f"device {asked.device} is not what pool {asked.pool} has; use {hardware.device} or auto"
@@ -194,30 +192,29 @@ def _capacity_problems(spec: TrainSpec, hardware: Hardware) -> list[Problem]:
             f"{asked.pool} holds: {hardware.ranks} {what}; use {hardware.ranks} or fewer"
         )
         problems.append(Problem(pointer="/resources/ranks_per_node", message=message))
+    block_size, world_size = spec.model.block_size, spec.world_size
+    unit, factors = block_size * world_size, f"block_size {block_size} × ranks {world_size}"
+    if spec.micro_batch_size != "auto":
+        unit, factors = unit * spec.micro_batch_size, f"micro_batch_size {spec.micro_batch_size} × {factors}"
+    if spec.tokens_per_step % unit:
+        below = spec.tokens_per_step // unit * unit
+        near = " or ".join(str(n) for n in (below, below + unit) if n)
+        message = f"tokens_per_step {spec.tokens_per_step} is not a multiple of {factors} = {unit}; use {near}"
+        problems.append(Problem(pointer="/tokens_per_step", message=message))
     return problems
 
 
-def _micro_batch_size(spec: TrainSpec, hardware: Hardware) -> tuple[int, Problem | None]:
+def _micro_batch_size(spec: TrainSpec, hardware: Hardware) -> int:
     """The micro-batch asked for, or the largest divisor of a rank's share that fits."""
-    block_size, world_size = spec.model.block_size, spec.world_size
-    asked = 1 if spec.micro_batch_size == "auto" else spec.micro_batch_size
-    unit = asked * block_size * world_size
-    if spec.tokens_per_step % unit:
-        below = spec.tokens_per_step // unit * unit
-        factors = f"block_size {block_size} × ranks {world_size} = {unit}"
-        if spec.micro_batch_size != "auto":
-            factors = f"micro_batch_size {asked} × {factors}"
-        near = " or ".join(str(n) for n in (below, below + unit) if n)
-        message = f"tokens_per_step {spec.tokens_per_step} is not a multiple of {factors}; use {near}"
-        return asked, Problem(pointer="/tokens_per_step", message=message)
     if spec.micro_batch_size != "auto":
-        return asked, None
-    sequences = spec.tokens_per_step // unit
+        return spec.micro_batch_size
+    sequences = spec.tokens_per_step // (spec.model.block_size * spec.world_size)
     cap = GPU_MICRO_BATCH_TOKENS if hardware.device == "cuda" else CPU_MICRO_BATCH_TOKENS
-    for size in (n for n in range(min(sequences, max(1, cap // block_size)), 0, -1) if sequences % n == 0):
+    most = min(sequences, max(1, cap // spec.model.block_size))
+    for size in (n for n in range(most, 0, -1) if sequences % n == 0):
         if hardware.memory_bytes is None or peak_memory_bytes(spec, size) < 0.9 * hardware.memory_bytes:
-            return size, None
-    return 1, None
+            return size
+    return 1
 
 
 def peak_memory_bytes(spec: TrainSpec, micro_batch_size: int) -> int:
