@@ -15,17 +15,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 
-def now() -> datetime:
-    return datetime.now(UTC)
-
-
 class EventBase(BaseModel):
     # non-finite numbers travel as the strings "NaN" and "Infinity": JSON has none
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
     attempt: int = 0
     seq: int = 0
-    time: datetime = Field(default_factory=now)
+    time: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
 
 Phase = Literal["preparing", "compiling", "training", "evaluating", "checkpointing", "exporting", "publishing"]
@@ -228,9 +224,8 @@ class JsonlReport:
     """
 
     def __init__(self, path: Path, attempt: int):
-        last = list(read_events(path)) if path.exists() else []
         self._attempt = attempt
-        self._seq = last[-1].seq if last else 0
+        self._seq = sum(1 for _ in read_lines(path)) if path.exists() else 0
         self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, event: EventBase) -> None:
@@ -254,12 +249,6 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, str]]:
                 return
             offset += len(line)
             yield offset, line.decode("utf-8", "replace").rstrip("\n")
-
-
-def read_events(path: Path) -> Iterator[Any]:
-    """The events of one file, in order."""
-    for _, line in read_lines(path):
-        yield parse_event(line)
 
 
 def parse_event(line: str) -> Any:

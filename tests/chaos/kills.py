@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import redis
 
-from gptcore.events import Step, read_events
+from gptcore.events import Step, parse_event, read_lines
 from gptcore.rundir import RunDir
 from tests.chaos.world import World
 from tests.worker.conftest import living
@@ -138,7 +138,8 @@ def newest_step(run: RunDir) -> int:
 
 
 def last_step(path: Path) -> int:
-    steps = [event.step for event in read_events(path) if isinstance(event, Step)]
+    events = (parse_event(line) for _, line in read_lines(path))
+    steps = [event.step for event in events if isinstance(event, Step)]
     return steps[-1] if steps else 0
 
 

@@ -36,8 +36,8 @@ def follow(attempt: Attempt, labels: dict[str, str], rank: int) -> None:
     for _ in range(3000):
         if labels.get("member_dies", "") >= str(attempt.number):
             sys.exit(1)
-        last = list(events.read_events(attempt.events))[-1:] if attempt.events.exists() else []
-        if last and isinstance(last[0], events.TERMINAL):
+        lines = [line for _, line in events.read_lines(attempt.events)] if attempt.events.exists() else []
+        if lines and isinstance(events.parse_event(lines[-1]), events.TERMINAL):
             return
         time.sleep(0.02)
 
