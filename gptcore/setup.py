@@ -64,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.spec is not None:
         spec = resolve(spec, datasets_root())
     rank = int(os.environ.get("RANK", 0))
-    run, attempt = _claim(arguments, spec, rank)
+    run, attempt = claim(arguments, spec, rank)
     with shared(attempt.lock):
         with reporting(attempt, rank) as report:
             spec = resolve(spec, datasets_root())
@@ -86,7 +86,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _claim(arguments: argparse.Namespace, spec: TrainSpec, rank: int) -> tuple[RunDir, Attempt]:
+def claim(arguments: argparse.Namespace, spec: TrainSpec, rank: int) -> tuple[RunDir, Attempt]:
     """The run directory and this attempt's folder in it, which rank 0 makes where none is named."""
     started_by = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun: the same for all ranks
     if arguments.spec is not None:
@@ -98,7 +98,9 @@ def _claim(arguments: argparse.Namespace, spec: TrainSpec, rank: int) -> tuple[R
         run = RunDir(arguments.run_dir.absolute())
     if arguments.attempt is not None:
         return run, run.attempt(arguments.attempt)
-    token = run.path / f".attempt-of-{started_by}"  # how rank 0 tells the others
+    # how rank 0 tells the others; a process's number comes again, in containers at once
+    start = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
+    token = run.path / "-".join((f".attempt-of-{started_by}", *start))
     if rank == 0:
         if arguments.spec is not None:
             write_atomically(run.spec, spec.model_dump_json(indent=2))

@@ -1,3 +1,4 @@
+import argparse
 import hashlib
 import os
 import random
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from gptcore.dist import Dist
 from gptcore.events import Evaluated, Exported, Failed, Finished, PhaseChanged, Resumed, Sampled, Started, Step, Stopped
 from gptcore.plan import resolve
 from gptcore.rundir import RunDir
-from gptcore.setup import build
+from gptcore.setup import build, claim
+from tests.conftest import wait_until
 from tests.gptcore.conftest import FAMILIES, Trainers, tiny_spec, wait_for_step
 
 
@@ -267,3 +270,18 @@ def rank_processes(launcher: int) -> dict[int, int]:
     """Process ids of torchrun's ranks, by rank; of a process without torchrun none."""
     children = psutil.Process(launcher).children()
     return {int(rank): child.pid for child in children if (rank := child.environ().get("RANK")) is not None}
+
+
+def test_a_rank_takes_no_attempt_of_an_earlier_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments, spec = argparse.Namespace(run_dir=tmp_path, spec=None, attempt=None), tiny_spec()
+
+    def begin(rank: int, start: str) -> int:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", start)
+        return claim(arguments, spec, rank)[1].number
+
+    assert [begin(0, "first"), begin(1, "first")] == [1, 1]
+    with ThreadPoolExecutor(1) as pool:  # before the second start's rank 0, as ranks may come
+        early = pool.submit(begin, 1, "second")
+        wait_until(lambda: os.environ["TORCHELASTIC_RUN_ID"] == "second")
+        assert (begin(0, "second"), early.result()) == (2, 2)
