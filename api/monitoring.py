@@ -42,7 +42,7 @@ class Monitor:
         )  # fmt: skip
         self.stream_lag_seconds = Histogram(
             "trainmaster_stream_lag_seconds",
-            "From a trainer's event to the queues of those who watch",
+            "From a trainer's event until those who watch are told",
             buckets=BUCKETS, registry=self.registry,
         )  # fmt: skip
         self.registry.register(_Jobs(store))

@@ -34,7 +34,7 @@ class Stack:
     """Context manager: everything answers when it is entered, nothing is left when it is left.
 
     `own_redis`: the home's own server instead of the one in the settings. `logs`: parts write to
-    HOME/logs/*.log, else to our own output. Raises PartFailed, which is a Mistake, and others.
+    HOME/logs/*.log, else to our own output. Raises Mistake where a part does not begin.
     """
 
     def __init__(

@@ -405,6 +405,7 @@ def test_a_member_that_is_silent_ends_the_attempt_and_is_named(store: Store) -> 
     first, second = store.outbox()
     assert store.claim(first, "boot")
     store._redis.zadd(KEYS["leases"], {f"{job_id}/1": 1.0})
+    assert store.expired() == [(job_id, 1)]  # what is left of its events is shipped first
     assert store.lose_expired(max_attempts=1) == [job_id]  # it never began: no failure of the job's
     store._redis.delete(KEYS["deaf"])
     assert store.get_job(job_id).status_reason == "no worker of node b took attempt 1"
