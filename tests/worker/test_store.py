@@ -422,6 +422,18 @@ def test_a_member_that_is_silent_ends_the_attempt_and_is_named(store: Store) -> 
     assert [slot.job_id for n in store.list_nodes() for slot in n.slots] == [None, None]
 
 
+def test_an_attempt_is_given_up_once_though_all_its_leases_ran_out(store: Store) -> None:
+    for name in "ab":
+        store.register_node(node(name, 1))
+    job_id = submit(store, resources={"nodes": 2})
+    assert store.reserve("default") == 1
+    assert all(store.claim(ticket, "boot") for ticket in store.outbox())
+    store._redis.zadd(KEYS["leases"], {job_id: 1.0, f"{job_id}/1": 1.0})
+    assert store.expired() == [(job_id, 1)]
+    assert store.lose_expired(max_attempts=2) == [job_id]
+    assert store.get_job(job_id).status == "recovering"
+
+
 def test_a_paused_job_waits_and_a_resumed_one_is_queued_again(store: Store) -> None:
     store.register_node(node("a", 1))
     waiting, running = submit(store), submit(store, resources={"priority": 1})
