@@ -33,8 +33,6 @@ class Follower:
         with suppress(ValidationError):  # a change of status, or a newer trainer's
             self.fields |= self._progress.take(EVENT.validate_python(event))
         match event["type"]:
-            case "step":
-                self.fields["train_loss"] = float(event["train_loss"])
             case "started":
                 of = f", {event['parameters']:,} parameters" if event["parameters"] else ""
                 return f"attempt {event['attempt']} on {event['device_name']}{of}"

@@ -52,6 +52,18 @@ def test_a_width_that_is_none_is_the_only_one_complained_of() -> None:
     assert set(refused(MINIMAL | {"model": {"preset": "llama-tiny", "n_head": 0}})) == {"/model/n_head"}
 
 
+def test_a_presets_query_heads_a_key_head_stay_where_they_fit() -> None:
+    def heads(**model: str | int) -> tuple[int, int]:
+        spec = parse_spec(MINIMAL | {"model": model})
+        assert isinstance(spec, TrainSpec)
+        return spec.model.n_head, spec.model.n_kv_head
+
+    assert heads(preset="llama-124m") == heads(preset="qwen3-124m") == (12, 6)
+    assert heads(preset="gpt2-124m") == (12, 12) and heads(preset="nanochat-124m") == (6, 6)
+    assert heads(preset="qwen3-124m", n_head=8) == (8, 4)
+    assert heads(preset="llama-tiny", n_head=3) == (3, 3)
+
+
 def test_every_problem_is_named_at_once() -> None:
     found = refused(MINIMAL | {"optim": {"lr": "high", "name": "sgd"}, "max_steps": 0})
     assert set(found) == {"/optim/lr", "/optim/name", "/max_steps"}
