@@ -34,7 +34,14 @@ class Hub:
 
     def __init__(self, home: Path):
         self.home = home
-        state = {"repos": {}, "objects": {}, "statuses": [], "hold": threading.Event(), "requests": []}
+        state = {
+            "repos": {},
+            "objects": {},
+            "statuses": [],
+            "commit_statuses": [],
+            "hold": threading.Event(),
+            "requests": [],
+        }
         self.state: Any = type("OwnHub", (ModelHub,), state)
         self.state.hold.set()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self.state)
@@ -198,8 +205,9 @@ def test_killed_in_the_middle_and_tried_again_it_is_one_commit(hub: Hub, tmp_pat
 
 @pytest.mark.slow
 def test_a_hub_that_is_away_for_a_moment_is_asked_again(hub: Hub) -> None:
-    hub.state.statuses += [503, 503]
+    hub.state.commit_statuses += [503, 503]
     events = hub.publish(job(hub, "away"))
+    assert sum(isinstance(e, Notice) and "trying again" in e.message for e in events) == 2
     assert isinstance(events[-1], Finished), events[-1]
     assert len(hub.state.repos["me/tiny"].commits) == 2
 
