@@ -397,6 +397,20 @@ def test_a_lost_node_and_a_lost_launcher_are_told_apart(store: Store) -> None:
         store.request_cancel(job_id)
 
 
+def test_nothing_is_placed_on_a_lost_node_whose_own_lease_is_not_over_yet(store: Store) -> None:
+    for name in "ab":
+        store.register_node(node(name, 1))
+    job_id = submit(store, resources={"nodes": 2})
+    assert store.reserve("default") == 1 and all(store.claim(ticket, "boot") for ticket in store.outbox())
+    store._redis.zadd(KEYS["node_leases"], {"b": store._now() + 1})  # it spoke last 1 s after its launcher
+    store._redis.zadd(KEYS["leases"], {f"{job_id}/1": 1.0})
+    assert store.lose_expired(max_attempts=3) == [job_id]
+    assert store.get_job(job_id).status_reason == "attempt 1: node b was lost"
+    assert store.reserve("default") == 0
+    store.register_node(node("b", 1))
+    assert store.reserve("default") == 1
+
+
 def test_a_member_that_is_silent_ends_the_attempt_and_is_named(store: Store) -> None:
     for name in "ab":
         store.register_node(node(name, 1))

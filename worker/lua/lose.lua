@@ -16,8 +16,10 @@ local function cause(id, rank)
     redis.call('ZADD', K.deaf, time + deaf_seconds, slot)  -- another slot may hear better
     return {unclaimed = 'no worker of node ' .. node .. ' took attempt ' .. current}
   end
-  local alive = tonumber(redis.call('ZSCORE', K.node_leases, node) or 0) > time
-  if alive then return {reason = 'launcher_lost', message = 'its launcher on node ' .. node .. ' was lost'} end
+  -- a node says every few seconds that it lives: one that fell silent with its launcher may have some of its lease left
+  local silent = tonumber(redis.call('ZSCORE', K.node_leases, node) or 0) < time + lease / 2
+  if not silent then return {reason = 'launcher_lost', message = 'its launcher on node ' .. node .. ' was lost'} end
+  redis.call('ZADD', K.node_leases, 'XX', stamp(time), node)  -- the next attempt goes elsewhere
   return {reason = 'node_lost', message = 'node ' .. node .. ' was lost'}
 end
 
