@@ -350,7 +350,8 @@ class Store(Connected):
     def expired(self) -> list[tuple[str, int]]:
         """Job and attempt of each of which a lease ran out and that was not given up yet."""
         ids = {who.partition("/")[0] for who in self._redis.zrangebyscore(KEYS["leases"], "-inf", self._now())}
-        return [(job_id, int(self._redis.hget(KEYS["job"] + job_id, "attempt"))) for job_id in ids]
+        attempts = [(job_id, self._redis.hget(KEYS["job"] + job_id, "attempt")) for job_id in ids]
+        return [(job_id, int(attempt)) for job_id, attempt in attempts if attempt]
 
     def lose_expired(self, max_attempts: int) -> list[str]:
         """Give up every attempt of which a lease ran out; the jobs' ids."""

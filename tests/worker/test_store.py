@@ -448,6 +448,21 @@ def test_an_attempt_is_given_up_once_though_all_its_leases_ran_out(store: Store)
     assert store.get_job(job_id).status == "recovering"
 
 
+def test_a_record_that_redis_lost_alone_harms_no_other_job(store: Store) -> None:
+    """As where it evicts keys, or somebody deleted one by hand."""
+    store.register_node(node("a", 1))
+    waits, ran, other = submit(store), submit(store, resources={"priority": 2}), submit(store)
+    start(store, ran)
+    store._redis.delete(KEYS["job"] + waits, KEYS["job"] + ran)
+    let_leases_run_out(store)
+    assert store.expired() == [] and store.lose_expired(max_attempts=3) == []
+    assert store.reserve("default") == 1 and store.get_job(other).status == "starting"
+    assert store.census().statuses == {"starting": 1}
+    assert [job.id for job in store.list_jobs().data] == [other]
+    store.request_cancel(other)
+    store.delete_job(other)
+
+
 def test_a_paused_job_waits_and_a_resumed_one_is_queued_again(store: Store) -> None:
     store.register_node(node("a", 1))
     waiting, running = submit(store), submit(store, resources={"priority": 1})

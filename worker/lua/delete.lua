@@ -5,8 +5,8 @@ local status = redis.call('HGET', K.job .. id, 'status')
 if not status then return false end
 if not TERMINAL[status] then return status end
 for _, other in ipairs(redis.call('ZRANGE', K.jobs, 0, -1)) do
-  if not TERMINAL[redis.call('HGET', K.job .. other, 'status')] then
-    local spec = redis.call('HGET', K.job .. other, 'spec')
+  local state, spec = unpack(redis.call('HMGET', K.job .. other, 'status', 'spec'))
+  if state and not TERMINAL[state] then
     if string.find(spec, '"' .. id .. '"', 1, true) then return other end
   end
 end

@@ -52,8 +52,13 @@ if only ~= '' then
 elseif settled(lease) then
   for _, lost in ipairs(redis.call('ZRANGEBYSCORE', K.leases, '-inf', time)) do
     local id, rank = string.match(lost, '^([^/]+)/?(%d*)$')
+    if redis.call('EXISTS', K.job .. id) == 0 then  -- Redis lost its record alone, as where it evicts keys
+      redis.call('ZREM', K.leases, lost)
+      for _, slot in ipairs(redis.call('HKEYS', K.owners)) do
+        if redis.call('HGET', K.owners, slot) == id then redis.call('HDEL', K.owners, slot) end
+      end
     -- an attempt that was given up for another of its leases has none any more
-    if redis.call('ZSCORE', K.leases, lost) then give_up(id, cause(id, tonumber(rank) or 0)) end
+    elseif redis.call('ZSCORE', K.leases, lost) then give_up(id, cause(id, tonumber(rank) or 0)) end
   end
 end
 return given_up

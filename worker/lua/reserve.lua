@@ -82,7 +82,9 @@ for _, id in ipairs(redis.call('ZRANGE', K.queue .. pool, 0, any_free and -1 or 
   local wanted, ranks, device, queued_at, root, not_before, reason = unpack(redis.call('HMGET', K.job .. id,
     'wanted_nodes', 'wanted_ranks', 'wanted_device', 'queued_at', 'root', 'not_before', 'status_reason'))
   local job = {wanted = tonumber(wanted), ranks = tonumber(ranks), device = device, root = root, reason = reason or ''}
-  if tonumber(not_before or 0) <= time then
+  if not wanted then
+    redis.call('ZREM', K.queue .. pool, id)  -- Redis lost its record alone, as where it evicts keys
+  elseif tonumber(not_before or 0) <= time then
     local picks = picks_for(job, 'free')
     if #picks == job.wanted then
       place(id, picks)
