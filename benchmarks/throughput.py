@@ -5,7 +5,8 @@
 Each contender is a process of its own with the same shapes, batch, precision, threads and torch; they take turns,
 one step each, so that a busy moment of the machine meets all of them. A step is forward, backward, clipping and
 AdamW. The machine's own rate is that of `torch.mm` on the products of the same model, taken in the same turns.
-`--full` adds the eager runs.
+`--full` adds the eager runs. On a processor without instructions for bf16 its rows are left out: a step
+takes minutes there.
 """
 
 from __future__ import annotations
@@ -246,6 +247,14 @@ def contest(preset: str, precision: str, compiled: bool, rounds: int) -> Iterato
     yield from contenders
 
 
+def has_bf16() -> bool:
+    import torch
+
+    from gptcore.device import resolve_precision
+
+    return resolve_precision("auto", torch.device("cpu")) == "bf16"
+
+
 def report(table: Table, preset: str, precision: str, compiled: bool, rounds: int) -> None:
     by_name = {c.name: c for c in contest(preset, precision, compiled, rounds)}
     spec = spec_of(preset)
@@ -290,8 +299,11 @@ def main() -> int:
         serve(name, preset, precision, mode == "compiled")
         return 0
     table = Table(asked.json, ("torch", "transformers", "numpy"))
+    precisions = asked.precision or (list(TARGETS) if has_bf16() else ["fp32"])
+    if not (asked.precision or has_bf16()):
+        table.row("bf16: this processor has no instructions for it; --precision bf16", None, "")
     for compiled in (True, False) if asked.full else (True,):
-        for precision in asked.precision or TARGETS:
+        for precision in precisions:
             for preset in asked.model or MODELS:
                 report(table, preset, precision, compiled, asked.rounds)
     print(f"written to {asked.json}")

@@ -15,9 +15,16 @@ def with_gradients(output: Tensor, inputs: list[Tensor], towards: Tensor) -> lis
     return [output, *torch.autograd.grad(output, inputs, towards.to(output.dtype))]
 
 
+has_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch has no oneDNN here")
+
+
+@pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=has_onednn)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_product_and_its_gradients_are_those_of_float64(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_and_its_gradients_are_those_of_float64(
+    compiled: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "SMALLEST_PRODUCT", 0)
+    monkeypatch.setattr(kernels, "ONEDNN", onednn)
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 33, 48), (80, 48), (80,)))
     towards = torch.randn(2, 33, 80)
@@ -29,12 +36,14 @@ def test_a_product_and_its_gradients_are_those_of_float64(compiled: bool, monkey
         torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
 
 
-def test_a_product_by_onednn_is_what_runs_where_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=has_onednn)])
+def test_a_product_by_onednn_is_what_runs_where_it_is_the_faster(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16)
     monkeypatch.setattr(kernels, "SMALLEST_PRODUCT", 0)
+    monkeypatch.setattr(kernels, "ONEDNN", onednn)
     with torch.autograd.profiler.profile() as ran:
         linear(x, weight, None)
-    assert any("_linear_pointwise" in event.key for event in ran.key_averages()) == kernels.ONEDNN
+    assert any("_linear_pointwise" in event.key for event in ran.key_averages()) == onednn
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight, None).dtype == torch.bfloat16
 
