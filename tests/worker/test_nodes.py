@@ -39,6 +39,13 @@ def submit_wide(store: Store, **changes: Any) -> str:
     return store.create_job(parse_spec(spec), None)[0].id
 
 
+def all_at_work(store: Store, job_id: str) -> None:
+    """Step 5, and a trainer on every node: the fake one of the first waits for no other."""
+    at_step(store, job_id, 5)
+    slots = {part.slot for part in store.get_job(job_id).nodes}
+    wait_until(lambda: {process.environ()[SLOT] for process in living(job_id)} == slots, 40)
+
+
 def launchers(job: Job) -> list[psutil.Process]:
     """By node rank: the horses that started the job's trainers."""
     by_slot = {process.environ()[SLOT]: process.parent() for process in living(job.id)}
@@ -73,7 +80,7 @@ def test_a_killed_launcher_of_either_node_is_followed_by_an_attempt_on_both(
 ) -> None:
     start_nodes(fake, start_worker, store, "a", "b")
     job_id = submit_wide(store)
-    at_step(store, job_id, 5)
+    all_at_work(store, job_id)
     launchers(store.get_job(job_id))[rank].kill()
     wait_until(lambda: store.get_job(job_id).attempt == 2 and store.get_job(job_id).status == "running")
     assert statuses(store, job_id)[3:] == ["recovering", "starting", "running"]
@@ -95,7 +102,7 @@ def test_a_drained_member_stops_the_whole_job_with_a_checkpoint(
 ) -> None:
     workers = start_nodes(fake, start_worker, store, "a", "b")
     job_id = submit_wide(store)
-    at_step(store, job_id, 5)
+    all_at_work(store, job_id)
     member = store.get_job(job_id).nodes[1].node
     assert workers[member].stop() == []
     wait_until(lambda: store.get_job(job_id).status == "queued")
@@ -114,7 +121,7 @@ def test_a_lost_node_is_named_and_the_job_goes_on_with_another(
 ) -> None:
     start_nodes(fake, start_worker, store, "a", "b", "c")
     job_id = submit_wide(store)
-    at_step(store, job_id, 5)
+    all_at_work(store, job_id)
     lost = store.get_job(job_id).nodes[1].node
     stopped = processes_of(fake, lost)
     for process in stopped:  # as when its power fails: it neither goes on nor says so
