@@ -299,9 +299,10 @@ def main() -> int:
         serve(name, preset, precision, mode == "compiled")
         return 0
     table = Table(asked.json, ("torch", "transformers", "numpy"))
-    precisions = asked.precision or (list(TARGETS) if has_bf16() else ["fp32"])
+    precisions = asked.precision or list(TARGETS)
     if not (asked.precision or has_bf16()):
-        table.row("bf16: this processor has no instructions for it; --precision bf16", None, "")
+        precisions.remove("bf16")
+        table.row("bf16: left out, no instructions for it here; --precision bf16 takes it", None, "")
     for compiled in (True, False) if asked.full else (True,):
         for precision in precisions:
             for preset in asked.model or MODELS:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # torch sends float32 products to MKL. On AMD with AVX-512 that runs at half speed, and oneDNN, in the same wheel, does
-# not; without AVX-512 MKL is 1.2 to 1.7 times as fast as oneDNN
+# not; on AMD without it MKL is 1.2 to 1.7 times as fast as oneDNN
 ONEDNN = "AVX512" in torch.backends.cpu.get_cpu_capability() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SMALLEST_PRODUCT = 2**24  # multiplications: under it, one more call costs what oneDNN saves
 SMALL_HEAD = 2**13  # positions times width: up to it torch's attention is slower in bfloat16 than in float32

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +38,12 @@ def test_a_product_and_its_gradients_are_those_of_float64(
     wanted = with_gradients(F.linear(*exact), exact, towards)
     for mine, right in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_without_avx512_products_are_left_to_torch() -> None:
+    code = "from gptcore import kernels; print(kernels.ONEDNN)"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "False\n"
 
 
 @pytest.mark.parametrize("onednn", [False, pytest.param(True, marks=has_onednn)])

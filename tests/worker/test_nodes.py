@@ -127,7 +127,7 @@ def test_a_lost_node_is_named_and_the_job_goes_on_with_another(
     for process in stopped:  # as when its power fails: it neither goes on nor says so
         process.suspend()
     try:
-        wait_until(lambda: store.get_job(job_id).attempt > 1 and store.get_job(job_id).status == "running", 60)
+        wait_until(lambda: store.get_job(job_id).attempt == 2 and store.get_job(job_id).status == "running", 60)
         assert f"attempt 1: node {lost} was lost" in [change.why for change in status_changes(store, job_id)]
         assert lost not in [part.node for part in store.get_job(job_id).nodes]
     finally:
