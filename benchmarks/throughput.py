@@ -250,9 +250,9 @@ def contest(preset: str, precision: str, compiled: bool, rounds: int) -> Iterato
 def has_bf16() -> bool:
     import torch
 
-    from gptcore.device import resolve_precision
+    from gptcore.device import multiplies_bf16
 
-    return resolve_precision("auto", torch.device("cpu")) == "bf16"
+    return multiplies_bf16(torch.device("cpu"))
 
 
 def report(table: Table, preset: str, precision: str, compiled: bool, rounds: int) -> None:

@@ -159,7 +159,7 @@ class Recipe:
         model = GPT(spec.model.model_copy(update={"vocab_size": text.vocab_size}))
         self.adapt(model)
         forward, _ = wrap(model, compiled, dist)
-        bf16 = resolve_precision(spec.precision, dist.device) == "bf16"
+        bf16 = resolve_precision(spec.precision, dist.device)[0] == "bf16"
         optimizers, parameters = build_optimizers(model, spec.optim, dist), list(model.parameters())
 
         def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:

@@ -40,16 +40,20 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def resolve_precision(asked: str, device: torch.device) -> str:
-    """ "auto" is bf16 where the device multiplies it natively, else fp32."""
-    if asked != "auto":
-        return asked
+def resolve_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """ "auto" is bf16 where the device multiplies it natively, else fp32. And a notice where what is asked is slow."""
+    native = multiplies_bf16(device)
+    if asked == "auto":
+        return "bf16" if native else "fp32", ""
+    if asked == "fp32" or native:
+        return asked, ""
+    return asked, f"precision bf16: this {device.type} has no instructions for it and is many times slower than in fp32"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether it has instructions for that; a device that has none may still take bfloat16, and imitates it."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if _cpu_has_bf16() else "fp32"
-
-
-def _cpu_has_bf16() -> bool:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as c10d
 from torch import Tensor, nn
 
-from gptcore.device import resolve_precision
+from gptcore.device import multiplies_bf16
 from gptcore.dist import Dist
 from gptcore.model import GPT
 from gptcore.spec import OptimSpec
@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._dist, self._beta2 = dist, beta2
         # bfloat16 suffices, but a CPU that cannot multiply it imitates it, up to 15 times slower
-        self._dtype = torch.bfloat16 if resolve_precision("auto", dist.device) == "bf16" else torch.float32
+        self._dtype = torch.bfloat16 if multiplies_bf16(dist.device) else torch.float32
 
     def owner(self, index: int) -> int:
         """The rank that updates the index-th matrix of its group."""

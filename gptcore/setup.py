@@ -128,9 +128,9 @@ def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: A
     settled = _as_before(_on_these_ranks(spec, dist), run)
     planned = plan(settled, hardware)
     assert planned.world_size == dist.world_size
-    precision = devices.resolve_precision(settled.precision, dist.device)
-    compiled, notice = devices.resolve_compile(spec, dist.device, planned.total_flops / dist.world_size)
-    if notice:
+    precision, slow = devices.resolve_precision(settled.precision, dist.device)
+    compiled, eager = devices.resolve_compile(spec, dist.device, planned.total_flops / dist.world_size)
+    for notice in filter(None, (slow, eager)):
         report(Notice(level="warning", message=notice))
     torch.manual_seed(spec.seed)
     model = GPT(spec.model, activation_checkpointing=spec.activation_checkpointing).to(dist.device)

@@ -159,10 +159,21 @@ def test_a_loss_that_is_no_number_is_not_the_best(harmed: Harmed, monkeypatch: p
 def test_a_resume_keeps_the_precision_of_its_checkpoint(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:
     harmed.spec = harmed.spec.model_copy(update={"precision": "auto"})
     for bf16_here in (False, True):  # the second attempt is on another machine
-        monkeypatch.setattr("gptcore.device._cpu_has_bf16", lambda here=bf16_here: here)
+        monkeypatch.setattr("gptcore.device.multiplies_bf16", lambda _, here=bf16_here: here)
         harmed.attempt({}, stop_after=20)
     assert [e.precision for e in harmed.of_type(Started)] == ["fp32", "fp32"]
     assert [e.difference for e in harmed.of_type(Resumed)] == [0.0]
+
+
+def test_bf16_where_it_is_imitated_is_named_as_slow(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    harmed.spec = harmed.spec.model_copy(update={"precision": "bf16"})
+    for native in (True, False):
+        monkeypatch.setattr("gptcore.device.multiplies_bf16", lambda _, native=native: native)
+        harmed.attempt({}, stop_after=10)
+    slow = [(e.level, e.message) for e in harmed.of_type(Notice) if "bf16" in e.message]
+    assert slow == [
+        ("warning", "precision bf16: this cpu has no instructions for it and is many times slower than in fp32")
+    ]
 
 
 def test_a_resume_on_other_tokens_is_refused(harmed: Harmed) -> None:
