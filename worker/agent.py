@@ -161,10 +161,10 @@ class Agent:
 
     def _hung(self, slot_id: str, worker: psutil.Process) -> list[psutil.Process]:
         ticket = slot_lock(self._settings, slot_id).with_suffix(".ticket")
-        holder = ticket.read_text().split() if ticket.exists() else []
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess, FileNotFoundError):
             if worker.status() == psutil.STATUS_STOPPED:
                 return [worker]
+            holder = ticket.read_text().split()
             launchers = worker.children() if len(holder) == 2 else []  # a full disk may have cut it
             return [] if launchers and self._store.holds(*holder) else launchers
         return []

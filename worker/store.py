@@ -297,6 +297,8 @@ class Store(Connected):
                 self._redis.zrem(KEYS["node_leases"], node_id)
                 self._redis.hdel(KEYS["nodes"], node_id)
                 continue
+            if node_id not in records:  # Redis lost it, as where it evicts keys; its agent says it again
+                continue
             node = json.loads(records[node_id])
             node["slots"] = [slot | {"job_id": owners.get(slot["id"])} for slot in node["slots"]]
             node |= {"schedulable": node_id not in drained, "lease_until": until, "live": until > now}

@@ -463,6 +463,57 @@ def test_a_record_that_redis_lost_alone_harms_no_other_job(store: Store) -> None
     store.delete_job(other)
 
 
+def test_a_node_that_redis_lost_alone_gets_no_job_and_harms_no_other(store: Store) -> None:
+    for name in "ab":
+        store.register_node(node(name, 1))
+    store._redis.hdel(KEYS["nodes"], "a")
+    job_id = submit(store)
+    assert [n.id for n in store.list_nodes()] == ["b"]
+    assert store.reserve("default") == 1 and store.get_job(job_id).nodes[0].node == "b"
+
+
+def test_a_member_refused_for_a_stop_does_not_end_the_attempt_for_the_first_node(store: Store) -> None:
+    """`cancelled` would say that nothing of the attempt lives, while its first node's trainer still does."""
+    for name in "ab":
+        store.register_node(node(name, 1))
+    job_id = submit(store, resources={"nodes": 2})
+    assert store.reserve("default") == 1
+    first, second = store.outbox()
+    assert store.claim(first, "boot") and store.request_cancel(job_id).status == "cancelling"
+    assert not store.claim(second, "boot")
+    store._redis.set(KEYS["tick"], store._now())
+    if f"{job_id}/1" in dict(store._redis.zscan_iter(KEYS["leases"])):  # the time to claim is over
+        store._redis.zadd(KEYS["leases"], {f"{job_id}/1": 1.0})
+    assert store.lose_expired(max_attempts=3) == []
+    assert store.renew(job_id, 1) == "cancel"
+    assert store.finish(job_id, 1, "cancelled", "", who="t", fields={}) == "cancelled"
+    assert [slot.job_id for n in store.list_nodes() for slot in n.slots] == [None, None]
+
+
+def test_a_pause_is_no_part_of_a_recovery(store: Store) -> None:
+    store.register_node(node("a", 1))
+    job_id = submit(store)
+    start(store, job_id)
+    store.lose(job_id, 1, 3, JobError(reason="exited", message="it died"), who="t")
+    assert store.request_pause(job_id).status == "paused" and store.resume(job_id).status == "queued"
+    start(store, job_id)
+    assert store._redis.hget(KEYS["job"] + job_id, "recovery_seconds") is None
+
+
+@pytest.mark.parametrize("source", ["{}", "{}/export"])
+def test_a_run_that_a_queued_job_reads_is_not_deleted(store: Store, source: str) -> None:
+    store.register_node(node("a", 1))
+    job_id = submit(store)
+    start(store, job_id)
+    store.finish(job_id, 1, "succeeded", "", who="t", fields={})
+    spec = {"kind": "eval", "name": "e", "source": source.format(job_id), "tasks": ["hellaswag"]}
+    reader = store.create_job(parse_spec(spec), None)[0].id
+    with pytest.raises(NotPossible, match=reader):
+        store.delete_job(job_id)
+    store.request_cancel(reader)
+    store.delete_job(job_id)
+
+
 def test_a_paused_job_waits_and_a_resumed_one_is_queued_again(store: Store) -> None:
     store.register_node(node("a", 1))
     waiting, running = submit(store), submit(store, resources={"priority": 1})
@@ -718,3 +769,21 @@ def test_an_attempt_that_redis_forgot_is_asserted_again(store: Store, forgotten:
     assert store.list_jobs().data[0].id == job_id
     store.lose(job_id, 1, 3, JobError(reason="exited", message="it died"), who="t")
     assert not store.reassert(1, record, who="a-0")  # superseded, not forgotten
+
+
+def test_an_attempt_asserted_again_frees_what_an_older_one_had(store: Store) -> None:
+    for name in "ab":
+        store.register_node(node(name, 1))
+    job_id = submit(store)
+    start(store, job_id)
+    older = {key: store._redis.dump(key) for key in (KEYS["job"] + job_id, KEYS["leases"], KEYS["owners"])}
+    store.lose(job_id, 1, 3, JobError(reason="launcher_lost", message="it was lost"), who="t")
+    store.set_schedulable(store.get_job(job_id).nodes[0].node, False)
+    start(store, job_id)
+    record = store.record(job_id)
+    for key, value in older.items():
+        store._redis.restore(key, 0, value, replace=True)
+    assert store.reassert(2, record, who="b-0") and store.renew(job_id, 2) == ""
+    assert [slot.job_id for n in store.list_nodes() for slot in n.slots] == [None, job_id]
+    store.finish(job_id, 2, "succeeded", "", who="b-0", fields={})
+    assert store._redis.hgetall(KEYS["owners"]) == {} and store._redis.zcard(KEYS["leases"]) == 0

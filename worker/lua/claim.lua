@@ -2,11 +2,15 @@
 -- stopped job; the same claimer may ask again. The run's files lie in that runs root from now on.
 local id, attempt, rank, boot, root, lease = unpack(ARGV)
 local job = K.job .. id
-local status, desired = unpack(redis.call('HMGET', job, 'status', 'desired'))
-if not holds(id, attempt) or desired or (status ~= 'starting' and status ~= 'running') then return 'refused' end
-if root ~= '' and (redis.call('HGET', job, 'root') or root) ~= root then return 'refused' end
 local claim = 'claim:' .. attempt .. ':' .. rank
-if redis.call('HSETNX', job, claim, boot) == 0 and redis.call('HGET', job, claim) ~= boot then return 'refused' end
+local status, desired, claimed = unpack(redis.call('HMGET', job, 'status', 'desired', claim))
+if not holds(id, attempt) or (claimed and claimed ~= boot) then return 'refused' end
+if desired and rank ~= '0' then
+  redis.call('ZREM', K.leases, holder(id, rank))  -- here nothing will run; the first node ends its own part in order
+end
+if desired or (status ~= 'starting' and status ~= 'running') then return 'refused' end
+if root ~= '' and (redis.call('HGET', job, 'root') or root) ~= root then return 'refused' end
+redis.call('HSET', job, claim, boot)
 local time = now()
 if rank == '0' then
   redis.call('HSETNX', job, 'started_at', stamp(time))

@@ -6,7 +6,9 @@ if not status then return false end
 if not TERMINAL[status] then return status end
 for _, other in ipairs(redis.call('ZRANGE', K.jobs, 0, -1)) do
   local state, spec = unpack(redis.call('HMGET', K.job .. other, 'status', 'spec'))
-  if state and not TERMINAL[state] and string.find(spec, '"' .. id .. '"', 1, true) then return other end
+  for _, name in ipairs({'"' .. id .. '"', '"' .. id .. '/'}) do
+    if state and not TERMINAL[state] and string.find(spec, name, 1, true) then return other end
+  end
 end
 if ARGV[2] == 'look' then return '' end
 redis.call('DEL', K.job .. id, K.events .. id, K.changes .. id, K.children .. id)

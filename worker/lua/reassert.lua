@@ -16,6 +16,8 @@ local to = (from == 'cancelling' or from == 'pausing') and from or 'running'
 local why = 'attempt ' .. attempt .. ' runs and was not known'
 local known = {}
 for index = 5, #ARGV, 2 do known[ARGV[index]] = ARGV[index + 1] end
+release(id)  -- what an earlier attempt had
+redis.call('HDEL', job, 'rendezvous', 'broken')
 redis.call('HSET', job, 'attempt', attempt, 'status', to, 'status_reason', why, 'nodes', known.nodes,
   'claim:' .. attempt .. ':0', who)
 note(id, from or '', to, who, why)

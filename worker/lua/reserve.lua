@@ -4,7 +4,7 @@ local pool, claim_seconds, freeze_seconds, lease = ARGV[1], tonumber(ARGV[2]), t
 if not settled(lease) then return 0 end
 local time, nodes, roots, any_free = now(), {}, {}, false
 for _, node_id in ipairs(redis.call('ZRANGEBYSCORE', K.node_leases, time, '+inf')) do
-  local node = cjson.decode(redis.call('HGET', K.nodes, node_id))
+  local node = cjson.decode(redis.call('HGET', K.nodes, node_id) or '{}')  -- lost alone, as where Redis evicts keys
   if node.pool == pool and redis.call('SISMEMBER', K.drained, node_id) == 0 then
     -- the smallest that fits is taken first, so that large slots stay whole
     table.sort(node.slots, function(a, b) return a.hardware.ranks < b.hardware.ranks end)

@@ -45,8 +45,8 @@ local function note(id, from, to, who, why)
   local lost_at = to == 'running' and redis.call('HGET', job, 'recovering_at')
   if lost_at then
     redis.call('HSET', job, 'recovery_seconds', time - lost_at)
-    redis.call('HDEL', job, 'recovering_at')
   end
+  if to == 'running' or to == 'paused' then redis.call('HDEL', job, 'recovering_at') end
 end
 
 -- Puts a job into its pool's queue: higher priority first, then lower number.
@@ -97,17 +97,22 @@ local function holds(id, attempt)
   return redis.call('HGET', K.job .. id, 'attempt') == attempt and redis.call('ZSCORE', K.leases, id)
 end
 
--- Ends an attempt: its slots are free, and the job is in `to`, or where a wish to stop leads instead.
-local function conclude(id, to, who, why)
-  local job = K.job .. id
-  local status, nodes = unpack(redis.call('HMGET', job, 'status', 'nodes'))
-  if status == 'cancelling' and to ~= 'succeeded' then to, why = 'cancelled', 'cancelled on request' end
-  if status == 'pausing' and (to == 'queued' or to == 'recovering') then to, why = 'paused', 'paused on request' end
-  if not move(id, to, who, why) then return redis.error_reply('REFUSED ' .. status .. ' to ' .. to) end
-  for _, allocation in ipairs(cjson.decode(nodes)) do
+-- Frees the slots that a job has, and ends its leases.
+local function release(id)
+  for _, allocation in ipairs(cjson.decode(redis.call('HGET', K.job .. id, 'nodes') or '[]')) do
     redis.call('ZREM', K.leases, holder(id, allocation.node_rank))
     if redis.call('HGET', K.owners, allocation.slot) == id then redis.call('HDEL', K.owners, allocation.slot) end
   end
+end
+
+-- Ends an attempt: its slots are free, and the job is in `to`, or where a wish to stop leads instead.
+local function conclude(id, to, who, why)
+  local job = K.job .. id
+  local status = redis.call('HGET', job, 'status')
+  if status == 'cancelling' and to ~= 'succeeded' then to, why = 'cancelled', 'cancelled on request' end
+  if status == 'pausing' and (to == 'queued' or to == 'recovering') then to, why = 'paused', 'paused on request' end
+  if not move(id, to, who, why) then return redis.error_reply('REFUSED ' .. status .. ' to ' .. to) end
+  release(id)
   redis.call('HDEL', job, 'desired', 'eta_seconds', 'phase', 'rendezvous', 'broken')
   if to == 'queued' or to == 'recovering' then enqueue(id) end
   ring()
