@@ -83,6 +83,7 @@ def api(
 def worker() -> None:
     """Start only a worker: with TRAINMASTER_REDIS_URL set, this machine joins another's stack."""
     if _redis_is_given():
+        Settings.from_environment()  # a bad one is named here, in words
         os.execv(sys.executable, [sys.executable, "-m", "worker.agent"])
     _run_stack(api=False, logs=False)
 
@@ -399,7 +400,7 @@ def _plan_here(data: dict[str, Any]) -> dict[str, Any]:
 
 def _watch(client: Client, job_id: str, as_json: bool) -> int:
     """Follow a job to its end, and in words also the jobs about it → exit code."""
-    from trainmaster.watch import follow
+    from trainmaster.watch import INTERRUPTED, follow
 
     events = client.events(job_id)
     try:
@@ -410,14 +411,19 @@ def _watch(client: Client, job_id: str, as_json: bool) -> int:
             follow(events, client.job(job_id), console)
     except KeyboardInterrupt:
         errors.print(f"the job goes on; trainmaster watch {job_id} follows it, trainmaster cancel {job_id} ends it")
-        return 130
+        return INTERRUPTED
     job = client.job(job_id)
     if not as_json:
         console.print(job_table(job))
     if job["status"] != "succeeded":
         return 1
     about_it = [] if as_json else client.jobs(parent_job_id=job_id, limit=100)["data"]
-    return max([0, *(_watch(client, one["id"], as_json) for one in reversed(about_it))])
+    code = 0
+    for one in reversed(about_it):
+        code = max(code, _watch(client, one["id"], as_json))
+        if code == INTERRUPTED:
+            break
+    return code
 
 
 if __name__ == "__main__":

@@ -141,18 +141,23 @@ class Client:
         """A stream's data, over reconnections."""
         trial = _Trial(STREAM_SECONDS)
         while True:
+            asked_at = time.monotonic()
             try:
                 for event in self._stream(path, after):
                     if event.event == "end":
                         return
                     after, trial = event.id, _Trial(STREAM_SECONDS)
                     yield event.data
+                failure = _unreachable("it closed the stream")  # without an end: the server is going down
             except httpx2.TransportError as error:
-                trial.failed(_unreachable(error))
+                failure = _unreachable(error)
             except TrainmasterError as error:
-                trial.failed(error)
-            else:  # closed without an end: the server is going down
-                trial.failed(_unreachable("it closed the stream"))
+                failure = error
+            if (
+                time.monotonic() - asked_at > STREAM_SECONDS
+            ):  # no event, and yet it was there: only a silence ends sooner
+                trial = _Trial(STREAM_SECONDS)
+            trial.failed(failure)
 
     def _stream(self, path: str, after: str | None) -> Iterator[httpx2.ServerSentEvent]:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
@@ -181,14 +186,16 @@ class Client:
 
 
 class _Trial:
-    """Tries of one thing, with longer pauses between them, until patience ends."""
+    """Tries of one thing, with longer pauses between them, until patience since the first failure ends."""
 
     def __init__(self, seconds: float) -> None:
-        self._give_up_at = time.monotonic() + seconds
+        self._seconds = seconds
+        self._give_up_at: float | None = None
         self._pause = FIRST_PAUSE_SECONDS
 
     def failed(self, error: TrainmasterError) -> None:
         """Wait before the next try. Raises the error where another try is of no use, or none is left."""
+        self._give_up_at = self._give_up_at or time.monotonic() + self._seconds
         if error.status not in MAY_PASS or time.monotonic() + self._pause > self._give_up_at:
             raise error
         time.sleep(self._pause)

@@ -24,13 +24,12 @@ from gptcore.rundir import RunDir
 from trainmaster.client import Client, TrainmasterError
 from trainmaster.stack import Stack, interruptible
 from trainmaster.tables import facts
-from trainmaster.watch import follow
+from trainmaster.watch import INTERRUPTED, follow
 from worker.settings import Settings
 
 SPEC = Path(__file__).parent.parent / "examples" / "demo.json"
 # a table of byte pairs reaches 2.45 nats a byte on this text, of triples 1.83
 VAL_LOSS_LIMIT = 1.80
-INTERRUPTED = 130
 
 
 class Result(BaseModel, frozen=True):

@@ -80,8 +80,7 @@ class Stack:
         for part in list(self._parts):
             if part.name != "redis" and part.ended() and time.monotonic() - part.started_at > RESTART_SECONDS:
                 self._parts.remove(part)
-        for part in self._parts:
-            part.check()
+        self._check_parts()
         self._take_redis()
         self._take_api()
         self._take_worker()
@@ -163,18 +162,27 @@ class Stack:
     def _runs(self, name: str) -> bool:
         return any(part.name == name for part in self._parts)
 
+    def _check_parts(self) -> None:
+        """Raise PartFailed where one has ended, but for a worker that another of this home was sooner than."""
+        for part in list(self._parts):
+            if part.name == "worker" and part.ended() and is_held(agent_lock(self._settings)):
+                self._parts.remove(part)
+            else:
+                part.check()
+
     def _wait_until(self, ready: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not ready():
-            for part in self._parts:
-                part.check()
+            self._check_parts()
             if time.monotonic() > deadline:
                 tails = "".join(part.log_tail() for part in self._parts)
                 raise PartFailed(f"{what} was not ready within {START_SECONDS:.0f} s{tails}")
             time.sleep(POLL_SECONDS)
 
     def _api_answers(self) -> bool:
-        """Also waits for a live worker where we start one: that is what /readyz says."""
+        """Also waits for a live worker where we want one: that is what /readyz says. Another stack's may be ending."""
+        self._take_redis()
+        self._take_worker()
         path = "/readyz" if self._wanted_worker else "/healthz"
         try:
             # to that name it answers wherever it listens
@@ -196,13 +204,16 @@ class Stack:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, SIGTERM and SIGHUP raise KeyboardInterrupt like Ctrl-C does."""
+    """Within, SIGTERM and SIGHUP raise KeyboardInterrupt like Ctrl-C does; a SIGHUP that nohup ignores stays so."""
 
     def interrupt(_signum: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    # SIGINT too: a shell starts background commands with it ignored
-    before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # SIGINT even where ignored: a shell starts background commands so
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    before = {s: signal.signal(s, interrupt) for s in signals}
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from gptcore.events import EVENT
 from worker import progress
 
 Event = Mapping[str, Any]
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
 class Follower:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -78,6 +80,33 @@ def test_events_come_once_and_in_order_over_a_restart(server: Server, client: Cl
             server.start()
             run.end()
     assert seen == list(range(1, 32))
+
+
+def test_a_stream_that_was_quiet_for_long_is_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience begins when the server fails, not when it last had something to say."""
+    monkeypatch.setattr(trainmaster.client, "STREAM_SECONDS", 0.4)
+    asked = []
+
+    class Restarting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            for _ in range(0 if len(asked) == 3 else 6):
+                self.wfile.write(b": still here\n\n")
+                self.wfile.flush()
+                time.sleep(0.1)
+            self.wfile.write(b"event: end\ndata: {}\n\n" if len(asked) == 3 else b"")
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Restarting) as quiet:
+        threading.Thread(target=quiet.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{quiet.server_port}") as client:
+            assert list(client.events("job-1")) == []
+        quiet.shutdown()
+    assert len(asked) == 3
 
 
 def test_events_can_begin_behind_a_known_one(client: Client, run: FakeRun) -> None:

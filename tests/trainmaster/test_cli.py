@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, cast
 
 import httpx2
 import pytest
@@ -16,6 +18,7 @@ from rich.console import Console
 from tests.conftest import free_port, wait_until
 from tests.trainmaster.conftest import Start, run
 from trainmaster import Client
+from trainmaster.cli import _watch
 from trainmaster.tables import plan_table
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.json"
@@ -132,6 +135,11 @@ NOT_TO_BE_USED: dict[str, tuple[dict[str, str], list[str], str]] = {
         ["api", "--host", "0.0.0.0", "--port", "0"],
         "127.0.0.1:1/0, as TRAINMASTER_REDIS_URL has it, cannot be used: Error 111",
     ),
+    "a setting of a worker that joins": (
+        {"REDIS_URL": "redis://127.0.0.1:1/0", "GRACE_SECONDS": "abc"},
+        ["worker"],
+        "TRAINMASTER_GRACE_SECONDS 'abc': input should be",
+    ),
     "a home that is a file": ({"HOME": "/etc/passwd"}, ["up"], "Not a directory: '/etc/passwd/logs'"),
     "the Hub's dataset": ({}, ["prepare", "mine", "--hub", "me/mine"], "me/mine: "),
     "the Hub's model": ({}, ["sample", "hf://me/mine"], "me/mine: "),
@@ -239,6 +247,29 @@ def _status(port: int) -> int | None:
         return httpx2.get(f"http://127.0.0.1:{port}/jobs", trust_env=False).status_code
     except httpx2.TransportError:
         return None
+
+
+def test_a_ctrl_c_leaves_every_job_that_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    followed = []
+
+    class Family:
+        """A server's client, of a job with two children of which the first is interrupted."""
+
+        def events(self, job_id: str) -> Iterator[Any]:
+            followed.append(job_id)
+            if job_id != "parent":
+                raise KeyboardInterrupt
+            yield from ()
+
+        def job(self, job_id: str) -> Any:
+            return {"id": job_id, "name": job_id, "status": "succeeded", "total_steps": None}
+
+        def jobs(self, **_: Any) -> Any:
+            return {"data": [{"id": "publish"}, {"id": "eval"}]}
+
+    monkeypatch.setattr("trainmaster.cli.job_table", lambda job: job["id"])
+    assert _watch(cast(Client, Family()), "parent", as_json=False) == 130
+    assert followed == ["parent", "eval"]
 
 
 def test_a_job_without_a_plan_is_shown_as_one_that_needs_none() -> None:

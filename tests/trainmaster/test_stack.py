@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.trainmaster.conftest import Start, line, processes_of, run
 from trainmaster import Client
-from trainmaster.stack import RESTART_SECONDS
+from trainmaster.stack import RESTART_SECONDS, interruptible
 
 StartUp = Callable[[], tuple[subprocess.Popen[str], Client]]
 DEMO = json.loads((Path(__file__).parents[2] / "examples" / "demo.json").read_text())
@@ -201,6 +202,44 @@ def test_a_taken_port_is_named(home: Path) -> None:
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
     assert not processes_of(home)
+
+
+@pytest.mark.slow
+def test_a_stack_takes_over_from_one_that_is_ending(start_up: StartUp, home: Path) -> None:
+    """It still has Redis and the worker as the other begins, and lets both go before that is up."""
+    first, _ = start_up()
+    (slot_worker,) = (p for p in processes_of(home) if "worker.tasks" in p.cmdline())
+    slot_worker.suspend()  # its agent waits for it, a grace of 5 s and ten more
+    first.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert first.poll() is None
+    second, client = start_up()
+    assert first.wait(30) == 0
+    job_id = client.submit(TINY)["id"]
+    wait_until(lambda: client.job(job_id)["status"] == "succeeded", 60)
+    assert second.poll() is None
+
+
+@pytest.mark.slow
+def test_two_stacks_of_a_home_that_start_at_once_both_come_up(start: Start, home: Path) -> None:
+    both = [start("up", "--port", "0") for _ in range(2)]
+    assert len({line(up, "trainmaster is up at ") for up in both}) == 2
+    time.sleep(2 * RESTART_SECONDS)
+    assert [up.poll() for up in both] == [None, None]
+    assert len([p for p in processes_of(home) if "worker.agent" in p.cmdline()]) == 1
+
+
+def test_a_hangup_that_nohup_ignores_ends_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with interruptible(), pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow
