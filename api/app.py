@@ -1,7 +1,5 @@
 """The ASGI application, what stands around the routes, and the server around it."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

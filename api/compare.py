@@ -1,7 +1,5 @@
 """Several runs beside each other: curves on one axis, what differs in their specs, and where they part."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal

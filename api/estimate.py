@@ -1,7 +1,5 @@
 """How long a train job will take and what it will cost, from runs like it, else from its hardware."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """What a run left in its directory: checkpoints, samples, and every file by its path."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from pathlib import Path

@@ -4,8 +4,6 @@ A web page that someone opens must not be able to reach the server, with keys or
 request across sites (Origin) nor under a name of its own that it points here (Host).
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Iterable
 from contextlib import suppress

@@ -4,8 +4,6 @@ A watcher reads what was from Redis, then takes what the job's one reader has re
 kept: who is too slow for it reads from Redis again, and holds up nobody. All of this runs in the server's event loop.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """What the server says about itself: Prometheus's numbers, and a log line of JSON a request."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

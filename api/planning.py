@@ -1,7 +1,5 @@
 """What a submitted spec comes to on the hardware there is, or why it cannot run."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Every error as RFC 9457 has it: application/problem+json, with a `code` for programs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from http import HTTPStatus

@@ -1,7 +1,5 @@
 """A job's spec again, with changes: `POST /jobs {"from": "job-…", "overrides": {…}}`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any
 

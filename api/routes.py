@@ -1,7 +1,5 @@
 """The HTTP interface: one short function a route. What they share stands in the modules they call."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 What was read stays in memory, and a poll reads only what was appended since.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import threading

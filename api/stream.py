@@ -1,7 +1,5 @@
 """A job's events and logs as server-sent events, until the job has ended."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

@@ -1,7 +1,5 @@
 """The model card, and the files beside it that say how the model was made. The same run gives the same bytes."""
 
-from __future__ import annotations
-
 import json
 from itertools import groupby
 from operator import attrgetter

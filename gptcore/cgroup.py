@@ -1,7 +1,5 @@
 """What a container or a batch system lets this process have of its machine, by Linux's control groups."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

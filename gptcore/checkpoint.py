@@ -4,8 +4,6 @@ Written beside the final name, synced and renamed, by a thread while training go
 optimiser state are safetensors, the rest JSON: loading one runs no code.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -6,8 +6,6 @@ is target of the first and input of the next. Sequence number g of a run is wind
 number of ranks.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor

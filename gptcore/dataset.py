@@ -4,8 +4,6 @@ Shards are llm.c's: 256 little-endian int32 (magic 20240520, version 1, token co
 tokens. No tensor and no numpy here: the API reads these descriptions too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import struct

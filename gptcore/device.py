@@ -1,7 +1,5 @@
 """What a rank runs on, and which precision and compile mode are right for it."""
 
-from __future__ import annotations
-
 import os
 import platform
 import resource

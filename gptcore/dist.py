@@ -1,7 +1,5 @@
 """The ranks of a run: who am I, on which device, and what all of us must agree on."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ val_loss and HellaSwag are computed here, shared by the ranks; lm-evaluation-har
 `hf` model on the exported folder, in the first rank, once the others have left.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

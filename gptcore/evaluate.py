@@ -1,7 +1,5 @@
 """Validation loss, always over the same tokens."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

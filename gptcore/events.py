@@ -4,8 +4,6 @@ An attempt's `events.jsonl` is the truth about a run; Redis streams and browsers
 starts at 1 in each attempt and `{attempt}-{seq}` is an event's id everywhere.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime

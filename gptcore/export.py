@@ -4,8 +4,6 @@ Our layers hold what the native classes hold, under other names: no weight is pe
 the vocabulary is cut, a tied matrix is written once.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from itertools import pairwise

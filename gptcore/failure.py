@@ -1,7 +1,5 @@
 """How an attempt that cannot go on says so: one `failed` event, with the rank that broke first."""
 
-from __future__ import annotations
-
 import errno
 import time
 import traceback

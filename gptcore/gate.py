@@ -4,8 +4,6 @@ The same look is taken twice, in float32: here at the trainer's model on the exp
 `python -m gptcore.gate FOLDER DATASET EVAL_TOKENS OUT`, a process that knows only the folder.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

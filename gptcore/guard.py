@@ -5,8 +5,6 @@ A loss or gradient norm that is not finite, or above mean + 6 sigma of the last 
 decide alike without asking each other.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 

@@ -5,8 +5,6 @@ and ending tokenized together, log-probability per character. `hellaswag_complet
 text, tokenized apart, log-probability per token.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """The frame of a job that trains nothing, as a process: arguments, lock, events, and how it ends."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

@@ -4,8 +4,6 @@ In float32 only the order of the sums changes; in bfloat16 the compiled attentio
 keeps in float32. Measured in docs/benchmarks.md; on a GPU torch's own run.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """File locks that end with the process that holds them."""
 
-from __future__ import annotations
-
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What the first rank says: events to the file, a line for each to the log."""
 
-from __future__ import annotations
-
 from gptcore.events import Evaluated, EventBase, JsonlReport, Report, Scored, Step
 from gptcore.rundir import Attempt
 

@@ -1,7 +1,5 @@
 """The output matrix and the cross-entropy in one: a step's largest tensors by far, never whole."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

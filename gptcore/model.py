@@ -4,8 +4,6 @@ Shapes: B sequences, T tokens, C = n_embd, H query heads, K key/value heads, D =
 vocabulary. Weights are float32; autocast decides what the products run in.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

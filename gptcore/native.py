@@ -1,7 +1,5 @@
 """Which stock `transformers` class holds a model exactly, decided before anything is trained."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Parameter groups, the learning rate's schedule, and Muon with its work shared by the ranks."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable

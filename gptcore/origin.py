@@ -3,8 +3,6 @@
 The reverse of `gptcore.export`: importing and exporting gives back the same tensors.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import partial

@@ -3,8 +3,6 @@
 Pure, quick and without tensors. What cannot run is refused here, with the numbers and a way out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Before the first step on several nodes: does every rank answer, and is a node far slower to reach than the rest?"""
 
-from __future__ import annotations
-
 import os
 import statistics
 import time

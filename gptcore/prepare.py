@@ -6,8 +6,6 @@ Interrupted work goes on where it stopped: the state names the documents done an
 open shard is theirs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A `prepare` job as a process: `python -m gptcore.prepare_job RUN_DIR --attempt N`."""
 
-from __future__ import annotations
-
 import time
 
 from gptcore.events import Finished, PhaseChanged

@@ -1,7 +1,5 @@
 """Model presets: four families at several sizes, as the explicit fields they expand into."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Death signals and adoption: a child must not outlive its parent, a grandchild not be lost."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

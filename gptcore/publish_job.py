@@ -1,7 +1,5 @@
 """A `publish` job as a process: export, gate, model card, upload. Safe to run again from any point."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Names inside TRAINMASTER_HOME and inside a run directory: the interface of worker and trainer."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Text from a model in training. Exported models are sampled by stock `transformers`."""
 
-from __future__ import annotations
-
 import torch
 
 from gptcore.model import GPT

@@ -1,7 +1,5 @@
 """A model as evaluations see it: text to tokens, tokens to logits. Ours, or any that `transformers` loads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

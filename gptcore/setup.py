@@ -3,8 +3,6 @@
 The edge of the trainer: what breaks within `main` becomes a `failed` event here.
 """
 
-from __future__ import annotations
-
 import argparse
 import faulthandler
 import os

@@ -1,7 +1,5 @@
 """Where a dataset's text comes from: named documents in a fixed order."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

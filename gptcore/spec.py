@@ -5,13 +5,11 @@ fields. A preset is expanded while a spec is read: what is stored and shown is a
 Numbers that follow from a spec are derived in `gptcore.plan`, never here.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -158,7 +156,7 @@ class ModelSpec(Spec):
         return expand({name: _plain(value) for name, value in given.items()}) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
-    def _check_shape(self) -> ModelSpec:
+    def _check_shape(self) -> Self:
         if self.n_head % self.n_kv_head:
             raise ValueError(
                 f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; "
@@ -205,7 +203,7 @@ class OptimSpec(Spec):
     muon_momentum_warmup_steps: int = Field(300, ge=0, description="from 0.85 up to muon_momentum")
 
     @model_validator(mode="after")
-    def _check(self) -> OptimSpec:
+    def _check(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}; set min_lr at or below lr")
         return self
@@ -316,7 +314,7 @@ class SourceSpec(Spec):
     field: str = Field("text", max_length=100, description="jsonl, parquet, hub: the text's column")
 
     @model_validator(mode="after")
-    def _repo_for_hub(self) -> SourceSpec:
+    def _repo_for_hub(self) -> Self:
         if (self.format == "hub") != (self.repo is not None):
             raise ValueError('repo goes with format "hub", and only with it: the dataset, owner/name')
         return self

@@ -1,7 +1,5 @@
 """What must survive a restart beside weights and optimiser state."""
 
-from __future__ import annotations
-
 from pydantic import BaseModel, Field
 
 

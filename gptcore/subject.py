@@ -1,7 +1,5 @@
 """The model that an eval or publish job is about: a job's checkpoint, or a Hub folder."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Text to tokens and back: bytes, or GPT-2's BPE. No network; the ranks are in the package."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from functools import cache

@@ -1,7 +1,5 @@
 """A torch.profiler trace of some steps: `profile_steps` in the spec."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch.profiler import profile

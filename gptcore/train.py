@@ -4,8 +4,6 @@ Reads `spec.json`, writes events, checkpoints and an export; knows nothing of wh
 reads top to bottom in `Trainer.step`. An attempt's last event says how it ended.
 """
 
-from __future__ import annotations
-
 import math
 import signal
 import time

@@ -3,8 +3,6 @@
 Commands import what they need themselves: `--help` and `plan` must not wait for HTTP or Redis.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -213,7 +211,7 @@ def revoke_key(key: Annotated[str, typer.Argument(metavar="KEY", help="the key's
 
 
 @contextmanager
-def _keyring() -> Iterator[KeyRing]:
+def _keyring() -> Iterator["KeyRing"]:
     """Keys lie in Redis: who may reach it may make them. A local one is started where it does not run."""
     from trainmaster.redis_server import await_given
     from worker.keyring import KeyRing
@@ -354,7 +352,7 @@ def _run_stack(**options: Any) -> None:
         console.print("stopped")
 
 
-def _say_where(stack: Stack, home: Path) -> None:
+def _say_where(stack: "Stack", home: Path) -> None:
     from worker.keyring import KeyRing
 
     if stack.url:

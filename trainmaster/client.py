@@ -11,8 +11,6 @@ What goes in and comes out is JSON as the server speaks it. Every call is safe t
 lost connection or a server that restarts is tried again before it becomes an error.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import json
 import time

@@ -1,7 +1,5 @@
 """`trainmaster demo`: a small GPT trained on this machine, from nothing to a model that loads anywhere."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """A part of the local stack: a child process that never outlives this one."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """`trainmaster prepare`: a dataset made on this machine, with a progress bar."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """What a published model says of its own making: the spec in its repository."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

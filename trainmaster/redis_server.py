@@ -5,8 +5,6 @@ runs there. Whoever gets it starts one; everyone else uses the one that runs. Po
 the same over restarts, so clients find a server that another stack started again.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -3,8 +3,6 @@
 What loads here loads anywhere: no code of ours takes part.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

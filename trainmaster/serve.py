@@ -1,7 +1,5 @@
 """The API server's process: `python -m trainmaster.serve FD`, on a socket that its parent bound."""
 
-from __future__ import annotations
-
 import ipaddress
 import socket
 import sys

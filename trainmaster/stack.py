@@ -1,7 +1,5 @@
 """The local stack: Redis, the API and a worker as child processes, all gone when this one ends."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -10,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import httpx2
 import psutil
@@ -50,7 +48,7 @@ class Stack:
         self._listener: socket.socket | None = None
         self.url = ""
 
-    def __enter__(self) -> Stack:
+    def __enter__(self) -> Self:
         adopt_orphans()  # what a killed worker leaves behind becomes our child: see close
         (self._settings.home / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
         try:

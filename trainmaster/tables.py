@@ -1,7 +1,5 @@
 """Plans and jobs as people read them in a terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any

@@ -1,7 +1,5 @@
 """A job followed in the terminal: progress, loss, tokens a second, time left."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta

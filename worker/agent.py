@@ -5,8 +5,6 @@ holds no job: launchers do, and theirs is the lease that says a job is alive. So
 none; the next agent of the node takes over the workers that it finds.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import platform

@@ -1,7 +1,5 @@
 """How this project speaks to Redis."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import redis

@@ -1,7 +1,5 @@
 """Forgetting a job: its files first, then its record, so that one interrupted can be asked for again."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

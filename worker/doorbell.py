@@ -1,7 +1,5 @@
 """How the agents learn that there may be something to do, without asking all the time."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from worker.keys import KEYS

@@ -1,7 +1,5 @@
 """A job's events as they come: the store's streams, followed without holding a thread."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """What this machine has, without torch, and how it is shared out into slots."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

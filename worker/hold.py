@@ -1,7 +1,5 @@
 """An attempt's hold on its job: the lease, what is wished of it, and patience while Redis is away."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

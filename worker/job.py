@@ -1,7 +1,5 @@
 """What a job, a node and a slot are, and which status may follow which."""
 
-from __future__ import annotations
-
 import secrets
 import time
 from datetime import datetime

@@ -1,7 +1,5 @@
 """API keys, and who did what with them. A key's text is shown once; only its hash is kept."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import os

@@ -3,8 +3,6 @@
 Scripts get the same names and the same table of transitions, so nothing is spelled twice.
 """
 
-from __future__ import annotations
-
 import json
 from importlib.resources import files
 

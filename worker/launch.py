@@ -6,8 +6,6 @@ goes on, and what was not shipped is read again. How an attempt ended is said by
 never by an exit code. On several nodes this is the first one's; the others run a `Member`.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

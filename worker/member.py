@@ -4,8 +4,6 @@ The first node's launcher speaks for the attempt. A member holds a lease of its 
 when it is lost, and leaves only once nothing of its part lives.
 """
 
-from __future__ import annotations
-
 import time
 
 from gptcore.locks import shared

@@ -1,7 +1,5 @@
 """Where a node is: its name, its address for the other nodes of a job, and which runs root it shares."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """A trainer's processes: started so that none outlives its launcher, found and killed to the last one."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

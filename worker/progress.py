@@ -1,7 +1,5 @@
 """From an attempt's events to the fields of its job."""
 
-from __future__ import annotations
-
 from collections import deque
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A job as it is stored: a flat hash of texts, JSON where a field has parts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

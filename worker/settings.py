@@ -1,7 +1,5 @@
 """The environment, read in one place. The worker, the API and the command line all take `Settings`."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

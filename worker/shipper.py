@@ -1,7 +1,5 @@
 """Copies a run's events, in order and without a gap, from its files into Redis, and tells the job what they say."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path

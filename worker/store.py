@@ -3,8 +3,6 @@
 Every method may raise `worker.connection.AWAY`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

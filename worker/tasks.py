@@ -5,8 +5,6 @@ no timeout, no retry, no callbacks, no commands over Redis, one function that ma
 worker that outlives an absent Redis and its agent, and hands a request to end on to its horse.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

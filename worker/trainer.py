@@ -1,7 +1,5 @@
 """How a job's trainer is started: the command and the environment. `gptcore` itself is not imported."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import socket
