@@ -120,8 +120,8 @@ class Saver:
                 write_atomically(final / "state.json", json.dumps(meta))
             else:
                 beside.mkdir(parents=True)
-                _write_tensors(weights, beside / "model.safetensors")
-                _write_tensors(moments, beside / "optimizer.safetensors")
+                write_tensors(weights, beside / "model.safetensors")
+                write_tensors(moments, beside / "optimizer.safetensors")
                 meta["sizes"] = {p.name: p.stat().st_size for p in sorted(beside.iterdir())}
                 (beside / "state.json").write_text(json.dumps(meta))
                 for path in (*beside.iterdir(), beside):
@@ -143,10 +143,10 @@ class Saver:
                 shutil.rmtree(old.path)
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """save_file, with a full disk as the OSError that it is; safetensors hides its number in a text."""
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     except SafetensorError as problem:
         number = re.search(r"os error (\d+)", str(problem))
         if number is None:

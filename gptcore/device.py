@@ -26,8 +26,7 @@ def hardware(dist: Dist) -> Hardware:
         return Hardware(
             device="cuda", device_name=properties.name, ranks=local_ranks, memory_bytes=properties.total_memory
         )
-    memory = memory_bytes() // local_ranks
-    return Hardware(device="cpu", device_name=_cpu_name(), ranks=local_ranks, memory_bytes=memory)
+    return Hardware(device="cpu", device_name=_cpu_name(), ranks=local_ranks, memory_bytes=memory_bytes())
 
 
 def _cpu_name() -> str:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gptcore.data import Windows
 from gptcore.dataset import read_dataset
 from gptcore.dist import Dist, close, start
@@ -86,6 +88,7 @@ def _score(
     return evaluate(items, scorer, dist, step, examples, pool, process.heed)
 
 
+@torch.no_grad()
 def _score_val_loss(spec: EvalSpec, subject: Trained | HubFolder, scorer: Scorer, dist: Dist, step: int) -> Scored:
     began, trained = time.perf_counter(), subject.spec if isinstance(subject, Trained) else None
     name = spec.dataset or (trained.data.dataset if trained else None)

@@ -223,8 +223,10 @@ class JsonlReport:
 
     def __init__(self, path: Path, attempt: int):
         self._attempt = attempt
-        self._seq = sum(1 for _ in read_lines(path)) if path.exists() else 0
         self._file = path.open("a", encoding="utf-8")
+        ends = [end for end, _ in read_lines(path)]
+        self._seq = len(ends)
+        self._file.truncate(ends[-1] if ends else 0)  # a torn line would swallow the next
 
     def __call__(self, event: EventBase) -> None:
         self._seq += 1

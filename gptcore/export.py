@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
+from gptcore.checkpoint import write_tensors
 from gptcore.native import native_class, native_config, native_tensors
 from gptcore.spec import ModelSpec
 from gptcore.tokenizer import GPT2_EOT, gpt2_ranks
@@ -35,7 +35,7 @@ def export_model(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     tensors = {k: t.to(dtype).contiguous() for k, t in native_weights(spec, weights).items()}
-    save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, beside / "model.safetensors", {"format": "pt"})
     config = native_config(spec, tokenizer) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     _write_json(beside / "config.json", config)
     eot = config["eos_token_id"]

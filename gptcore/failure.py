@@ -10,7 +10,7 @@ import torch
 
 from gptcore.events import Failed, Report
 from gptcore.log import reporter
-from gptcore.rundir import Attempt, write_atomically
+from gptcore.rundir import Attempt
 from gptcore.spec import SpecError
 
 # how long rank 0 waits for word from the rank whose end broke its own collective
@@ -45,8 +45,20 @@ def describe(error: BaseException, rank: int) -> Failed:
         message += "; use a smaller micro_batch_size, or activation_checkpointing"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         reason = "disk_full"
+    elif may_pass(error):
+        reason = "unavailable"
     trace = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:]
     return Failed.model_validate({"reason": reason, "message": message, "rank": rank, "traceback": trace})
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether it is the Hub's, or of the way there, and of a kind that is over later."""
+    from httpx2 import TransportError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
+    return isinstance(error, HfHubHTTPError | TransportError | OfflineModeIsEnabled)
 
 
 @contextmanager
@@ -59,7 +71,7 @@ def reporting(attempt: Attempt, rank: int) -> Iterator[Report]:
     except (KeyboardInterrupt, Exception) as error:
         failed = describe(error, rank)
         if rank != 0:
-            write_atomically(attempt.path / f"failed-rank-{rank}.json", failed.model_dump_json())
+            attempt.leave_word(rank, failed)
         else:
             report(_first_word(attempt, failed) if failed.reason == "crash" else failed)
         raise
@@ -69,8 +81,7 @@ def _first_word(attempt: Attempt, own: Failed) -> Failed:
     """The earliest of rank 0's own failure and what other ranks left."""
     deadline = time.monotonic() + FIRST_WORD_SECONDS
     while time.monotonic() < deadline:
-        left = [Failed.model_validate_json(p.read_text()) for p in attempt.path.glob("failed-rank-*.json")]
-        if left:
-            return min([own, *left], key=lambda failed: failed.time)
+        if (left := attempt.word_left()) is not None:
+            return min(own, left, key=lambda failed: failed.time)
         time.sleep(0.1)
     return own

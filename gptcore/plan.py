@@ -168,14 +168,25 @@ def plan(spec: TrainSpec, hardware: Hardware) -> Plan:
         checkpoint_bytes=_checkpoint_bytes(spec, counts), peak_memory_bytes=peak,
         native_class=name, not_exportable_because=reason, warnings=_warnings(spec, reason),
     )  # fmt: skip
-    if hardware.memory_bytes is not None and peak > hardware.memory_bytes:
+    if not fits(spec, hardware, micro_batch_size):
+        smaller = "model or block_size" if micro_batch_size == 1 else 'micro_batch_size or "auto"'
+        way_out = f"use a smaller {smaller}" + (
+            "" if spec.activation_checkpointing else ", or activation_checkpointing"
+        )
         message = (
             f"micro_batch_size {micro_batch_size} needs about {peak / 2**30:.1f} GiB a rank; "
-            f"{hardware.device_name} has {hardware.memory_bytes / 2**30:.1f} GiB; "
-            f'use a smaller micro_batch_size or "auto", block_size, or model'
+            f"{hardware.device_name} has {(hardware.memory_bytes or 0) / 2**30:.1f} GiB; {way_out}"
         )
-        raise refusal("/micro_batch_size", message)
+        raise refusal("/model" if micro_batch_size == 1 else "/micro_batch_size", message)
     return planned
+
+
+def fits(spec: TrainSpec, hardware: Hardware, micro_batch_size: int, share: float = 1.0) -> bool:
+    """Whether the estimated peak takes at most that share of a GPU's memory, or all ranks' that of a machine; also
+    where that is not known."""
+    ranks = spec.resources.ranks_per_node if hardware.device == "cpu" else 1
+    needed = ranks * peak_memory_bytes(spec, micro_batch_size)
+    return hardware.memory_bytes is None or needed <= share * hardware.memory_bytes
 
 
 def _problems(spec: TrainSpec, hardware: Hardware) -> list[Problem]:
@@ -210,7 +221,7 @@ def _micro_batch_size(spec: TrainSpec, hardware: Hardware) -> int:
     cap = GPU_MICRO_BATCH_TOKENS if hardware.device == "cuda" else CPU_MICRO_BATCH_TOKENS
     most = min(sequences, max(1, cap // spec.model.block_size))
     for size in (n for n in range(most, 0, -1) if sequences % n == 0):
-        if hardware.memory_bytes is None or peak_memory_bytes(spec, size) < 0.9 * hardware.memory_bytes:
+        if fits(spec, hardware, size, share=0.9):
             return size
     return 1
 

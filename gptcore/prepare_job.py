@@ -2,7 +2,10 @@
 
 import time
 
+from huggingface_hub.errors import HfHubHTTPError
+
 from gptcore.events import Finished, PhaseChanged
+from gptcore.failure import may_pass
 from gptcore.job_process import Process, run_job
 from gptcore.prepare import adopt_shards, prepare
 from gptcore.rundir import datasets_root
@@ -43,6 +46,10 @@ def _run(process: Process[PrepareSpec]) -> Finished:
             )  # fmt: skip
     except (FileNotFoundError, ValueError) as error:  # which name what is wrong with the text
         raise refusal("/source", str(error)) from error
+    except HfHubHTTPError as error:
+        if may_pass(error):
+            raise
+        raise refusal("/source/repo", f"the Hub does not give {spec.source.repo} to this worker: {error}") from error
     return Finished(tokens=dataset.train.tokens + dataset.val.tokens, seconds=time.monotonic() - began)
 
 

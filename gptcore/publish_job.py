@@ -14,7 +14,7 @@ from gptcore import gate
 from gptcore.card import write_card
 from gptcore.events import Exported, Finished, Notice, PhaseChanged, Published, Verified
 from gptcore.export import export_model
-from gptcore.failure import Mismatch, Unavailable
+from gptcore.failure import Mismatch, Unavailable, may_pass
 from gptcore.job_process import Process, run_job
 from gptcore.native import native_class
 from gptcore.rundir import datasets_root
@@ -23,7 +23,6 @@ from gptcore.subject import Trained, find_subject
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PAUSES_SECONDS = (1, 2, 4, 8, 16)  # between tries where the Hub is away; then the job system makes a new attempt
-MAY_PASS = {408, 429}  # among the 4xx
 Answer = TypeVar("Answer")
 
 
@@ -124,10 +123,9 @@ class _Hub:
                 return call()
             except (HfHubHTTPError, httpx2.TransportError, RuntimeError) as error:
                 problem = _cause(error)
-            if isinstance(problem, HfHubHTTPError):
+            if isinstance(problem, HfHubHTTPError) and not may_pass(problem):
                 status = problem.response.status_code
-                if status < 500 and status not in MAY_PASS:
-                    raise refusal("/repo", f"the Hub refuses {self._repo} with {status}: {problem}") from problem
+                raise refusal("/repo", f"the Hub refuses {self._repo} with {status}: {problem}") from problem
             if pause is None:
                 raise Unavailable(f"the Hub does not take {self._repo}: {problem}") from problem
             self._process.report(Notice(level="warning", message=f"the Hub is away, trying again: {problem}"))

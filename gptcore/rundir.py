@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from gptcore.events import parse_event, read_lines
+from gptcore.events import Failed, parse_event, read_lines
 
 
 def home() -> Path:
@@ -47,6 +47,15 @@ class Attempt:
     def told(self) -> str:
         """What the stop file says; empty where there is none."""
         return self.stop.read_text().strip() if self.stop.exists() else ""
+
+    def leave_word(self, rank: int, failed: Failed) -> None:
+        """Says why a rank broke that writes no events; the first, whose events they are, may be past hearing it."""
+        write_atomically(self.path / f"failed-rank-{rank}.json", failed.model_dump_json())
+
+    def word_left(self) -> Failed | None:
+        """What the rank that broke first left."""
+        left = [Failed.model_validate_json(path.read_text()) for path in self.path.glob("failed-rank-*.json")]
+        return min(left, key=lambda failed: failed.time, default=None)
 
     @property
     def lock(self) -> Path:

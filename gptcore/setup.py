@@ -29,7 +29,7 @@ from gptcore.hellaswag import Item, load_items
 from gptcore.locks import shared
 from gptcore.model import GPT
 from gptcore.optim import build_optimizers
-from gptcore.plan import peak_flops, plan, resolve
+from gptcore.plan import Hardware, fits, peak_flops, plan, resolve
 from gptcore.preflight import preflight
 from gptcore.prepare import prepare_builtin
 from gptcore.procs import die_with_parent
@@ -123,10 +123,9 @@ def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: A
     train_windows, val = (Windows(folder, split, block_size) for split in (dataset.train, dataset.val))
     _need_windows(spec, dataset, train_windows, val)
     hardware = devices.hardware(dist)
-    settled = _as_before(_on_these_ranks(spec, dist), run)
-    planned = plan(settled, hardware)
+    settled, slow = _settled(_on_these_ranks(spec, dist), run, hardware, dist)
+    planned, precision = plan(settled, hardware), settled.precision
     assert planned.world_size == dist.world_size
-    precision, slow = devices.resolve_precision(settled.precision, dist.device)
     compiled, eager = devices.resolve_compile(spec, dist.device, planned.total_flops / dist.world_size)
     for notice in filter(None, (slow, eager)):
         report(Notice(level="warning", message=notice))
@@ -188,15 +187,20 @@ def _on_these_ranks(spec: TrainSpec, dist: Dist) -> TrainSpec:
     return spec.model_copy(update={"resources": resources})
 
 
-def _as_before(spec: TrainSpec, run: RunDir) -> TrainSpec:
-    """The spec with the precision of the newest checkpoint, and its micro-batch where as many ranks made it: an
-    "auto" found anew on another machine would change the sums."""
-    checkpoints = list_checkpoints(run)
-    if not checkpoints:
-        return spec
-    meta = checkpoints[-1].meta()
-    before = ["precision", *(["micro_batch_size"] if meta["world_size"] == spec.world_size else [])]
-    return spec.model_copy(update={name: meta[name] for name in before if getattr(spec, name) == "auto"})
+def _settled(spec: TrainSpec, run: RunDir, hardware: Hardware, dist: Dist) -> tuple[TrainSpec, str]:
+    """The spec without an "auto" that has been found before, and a notice where its precision is slow here.
+
+    One found anew on another machine would change the sums: the precision is that of the newest checkpoint, and so is
+    the micro-batch where as many ranks made it and it fits here.
+    """
+    meta = checkpoints[-1].meta() if (checkpoints := list_checkpoints(run)) else None
+    asked = meta["precision"] if meta and spec.precision == "auto" else spec.precision
+    precision, slow = devices.resolve_precision(asked, dist.device)
+    spec = spec.model_copy(update={"precision": precision})
+    if meta is None or spec.micro_batch_size != "auto" or meta["world_size"] != spec.world_size:
+        return spec, slow
+    size = meta["micro_batch_size"]
+    return spec.model_copy(update={"micro_batch_size": size}) if fits(spec, hardware, size) else spec, slow
 
 
 def _version() -> str:

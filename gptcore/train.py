@@ -205,7 +205,7 @@ class Trainer:
         self._load(checkpoint)
         passed_over = (bad.position - self.state.position) // self._sequences_per_step
         self.state.position, self.state.rollbacks = bad.position, rollbacks
-        self.state.batches_skipped = bad.batches_skipped
+        self.state.batches_skipped, self.state.skipped_in_a_row = bad.batches_skipped, 0
         self.batches.seek(self.state.position)
         step = self.state.step
         self.report(events.RolledBack(from_step=bad.step, to_step=step, batches_passed_over=passed_over, reason=reason))
@@ -250,7 +250,8 @@ class Trainer:
             load_optimizer_tensors(self.model, self.optimizers, self.dist, origin.checkpoint.optimizer())
             # the best so far lies in the other run's directory, so this one looks for its own
             fresh: dict[str, Any] = {
-                "best_val_loss": None, "best_step": None, "evaluation_owed": False, "score_owed": False
+                "best_val_loss": None, "best_step": None, "evaluation_owed": False, "score_owed": False,
+                "rollbacks": 0, "skipped_in_a_row": 0,
             }  # fmt: skip
             if origin.checkpoint.meta()["spec"]["data"] != self.spec.data.model_dump():
                 fresh |= {"losses": [], "grad_norms": []}  # of other text: ours may be harder

@@ -178,6 +178,7 @@ class Launcher:
                 time.sleep(TICK_SECONDS)
             self._returncode = tree.returncode or 0
             self._ship_all()
+            self._pass_on_word_left()
             self._await_members()
         except (Superseded, OSError) as error:
             if isinstance(error, Superseded):  # else the disk takes no word for the trainer
@@ -203,6 +204,15 @@ class Launcher:
             tree.end_within(self._settings.grace_seconds)
         if self._shipper.progress.outcome is not None:  # it said its last word
             tree.end_within(self._settings.grace_seconds)
+
+    def _pass_on_word_left(self) -> None:
+        """Of another rank, which broke: the first was killed while it waited for that one on its GPU."""
+        word = self._attempt.word_left()
+        if word is not None and self._shipper.progress.outcome is None:
+            report = JsonlReport(self._attempt.events, self._attempt.number)
+            report(word)
+            report.close()
+            self._ship_all()
 
     def _pass_on(self, word: str) -> bool:
         """Tell the trainer to stop; whether it was not told so before."""

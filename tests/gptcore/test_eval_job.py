@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from gptcore.dist import Dist
+from gptcore.eval_job import _score_val_loss
 from gptcore.events import Evaluated, Failed, Finished, Scored
 from gptcore.prepare import prepare
 from gptcore.rundir import RunDir, write_atomically
 from gptcore.sources import jsonl_files
-from gptcore.spec import parse_spec
+from gptcore.spec import EvalSpec, parse_spec
+from gptcore.subject import find_subject
 from tests.gptcore.conftest import Trainers, prepare_small, tiny_spec
 from tests.gptcore.hellaswag_items import write_items, write_task
 
@@ -74,6 +78,24 @@ def test_a_checkpoint_its_export_and_the_harness_agree(evaluated_home: Path) -> 
 
 
 @pytest.mark.slow
+def test_validation_keeps_nothing_for_gradients(evaluated_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's activations over its largest batch would fit no GPU that it was trained on."""
+    kept = []
+
+    def validation_loss(*_: object) -> float:
+        kept.append(torch.is_grad_enabled())
+        return 1.0
+
+    monkeypatch.setenv("TRAINMASTER_HOME", str(evaluated_home))
+    monkeypatch.setattr("gptcore.eval_job.validation_loss", validation_loss)
+    spec = parse_spec({"kind": "eval", "name": "e", "source": "source", "tasks": ["val_loss"]})
+    assert isinstance(spec, EvalSpec)
+    subject = find_subject(spec, evaluated_home / "runs", evaluated_home / "datasets")
+    cpu = torch.device("cpu")
+    _score_val_loss(spec, subject, subject.scorer(cpu), Dist(0, 0, 1, cpu), 0)
+    assert kept == [False]
+
+
 def test_two_ranks_give_what_one_gives(evaluated_home: Path) -> None:
     one = results(evaluate(evaluated_home, "one", tasks=OURS))
     two = results(evaluate(evaluated_home, "two", ranks=2, tasks=OURS))

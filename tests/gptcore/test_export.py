@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gptcore.export import export_model, merges_of, native_weights
+from gptcore.failure import describe
 from gptcore.model import GPT, rope_tables
 from gptcore.native import native_config
 from gptcore.tokenizer import gpt2_ranks, load_tokenizer
@@ -26,6 +28,18 @@ TEXTS = [
     "<|endoftext|>'s I'LL",
     "",
 ]
+
+
+def test_a_full_disk_is_named_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_a_full_disk(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("gptcore.checkpoint.save_file", on_a_full_disk)
+    spec = tiny_model("llama", vocab_size=256, block_size=256)
+    weights = {name: p.detach() for name, p in randomised(spec).named_parameters()}
+    with pytest.raises(OSError) as full:
+        export_model(tmp_path / "export", spec, weights, "bytes")
+    assert describe(full.value, 0).reason == "disk_full"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -29,7 +29,7 @@ from gptcore.events import (
     Step,
 )
 from gptcore.failure import Diverged
-from gptcore.plan import resolve
+from gptcore.plan import Hardware, peak_memory_bytes, resolve
 from gptcore.rundir import RunDir
 from gptcore.setup import build
 from gptcore.spec import SpecError, TrainSpec
@@ -163,6 +163,38 @@ def test_a_resume_keeps_the_precision_of_its_checkpoint(harmed: Harmed, monkeypa
         harmed.attempt({}, stop_after=20)
     assert [e.precision for e in harmed.of_type(Started)] == ["fp32", "fp32"]
     assert [e.difference for e in harmed.of_type(Resumed)] == [0.0]
+
+
+def test_a_streak_over_a_checkpoint_is_passed_over_by_one_rollback(harmed: Harmed) -> None:
+    """The checkpoint in the middle of it counts some refused already."""
+    harmed.attempt({position * PER_STEP: math.nan for position in range(21, 29)})
+    assert [(e.from_step, e.to_step) for e in harmed.of_type(RolledBack)] == [(26, 25)]
+    assert isinstance(harmed.events[-1], Finished)
+
+
+def test_a_run_that_goes_on_from_another_has_all_its_rollbacks_before_it(harmed: Harmed) -> None:
+    first = harmed.attempt({position * PER_STEP: math.nan for position in range(21, 29)})
+    assert first.state.rollbacks == 1
+    init = {"source": harmed.run.path.name, "optimizer": True}
+    body = harmed.spec.model_dump(mode="json") | {"max_steps": 44, "init_from": init}
+    further = Harmed(TrainSpec.model_validate(body), harmed.home, RunDir(harmed.run.path.with_name("further")))
+    state = further.attempt({}).state
+    assert (state.step, state.rollbacks) == (44, 0)
+
+
+def test_the_micro_batch_fits_the_precision_and_the_machine(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a resumed run's, on a smaller machine than it began on."""
+    harmed.spec = harmed.spec.model_copy(update={"micro_batch_size": "auto", "precision": "auto"})
+    monkeypatch.setattr("gptcore.device.multiplies_bf16", lambda _: False)
+    narrow, wide = (harmed.spec.model_copy(update={"precision": name}) for name in ("bf16", "fp32"))
+    enough_for_bf16 = int(peak_memory_bytes(narrow, 16) / 0.9) + 1
+    assert peak_memory_bytes(wide, 16) > enough_for_bf16
+    for stop_after, memory in ((10, None), (20, enough_for_bf16), (30, None)):
+        here = Hardware(memory_bytes=memory)
+        monkeypatch.setattr("gptcore.device.hardware", lambda _, here=here: here)
+        harmed.attempt({}, stop_after=stop_after)
+    first, small, large = (e.micro_batch_size for e in harmed.of_type(Started))
+    assert (first, large) == (16, small) and small < 16
 
 
 def test_bf16_where_it_is_imitated_is_named_as_slow(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from gptcore.dist import Dist
 from gptcore.model import GPT
 from gptcore.native import native_class, native_config
 from gptcore.optim import build_optimizers, optimizer_tensors
-from gptcore.plan import Hardware, count_parameters, plan, resolve
+from gptcore.plan import Hardware, count_parameters, peak_memory_bytes, plan, resolve
 from gptcore.presets import PRESETS
 from gptcore.spec import ModelSpec, SpecError, TrainSpec, read_spec
 from tests.gptcore.conftest import FAMILIES, tiny_model, tiny_spec
@@ -130,6 +130,24 @@ def test_every_example_plans(path: Path) -> None:
     if isinstance(spec, TrainSpec):
         planned = plan(resolve(spec, Path("nowhere")), Hardware(device="cuda", ranks=8, memory_bytes=80 * 2**30))
         assert planned.native_class
+
+
+def test_the_ranks_of_a_machine_share_its_memory_and_each_gpu_has_its_own() -> None:
+    body = {"kind": "train", "name": "x", "model": {"preset": "gpt2-124m", "vocab_size": 50257}, "max_steps": 10,
+            "optim": {"lr": 0.001}, "data": {"dataset": "d"}, "tokens_per_step": 8192, "micro_batch_size": 1,
+            "resources": {"ranks_per_node": 2}}  # fmt: skip
+    spec = TrainSpec.model_validate(body)
+    enough = 3 * peak_memory_bytes(spec, 1) // 2
+    assert plan(spec, Hardware(device="cuda", ranks=2, memory_bytes=enough)).world_size == 2
+    with pytest.raises(SpecError) as refused:
+        plan(spec, Hardware(device="cpu", ranks=2, memory_bytes=enough))
+    (problem,) = refused.value.problems
+    assert problem.pointer == "/model"
+    assert problem.message.endswith("use a smaller model or block_size, or activation_checkpointing")
+    with pytest.raises(SpecError) as refused:
+        plan(spec.model_copy(update={"micro_batch_size": 4}), Hardware(ranks=2, memory_bytes=enough))
+    (problem,) = refused.value.problems
+    assert problem.pointer == "/micro_batch_size" and 'a smaller micro_batch_size or "auto"' in problem.message
 
 
 def test_planning_takes_no_tensor_library_and_less_than_a_second() -> None:

@@ -6,16 +6,24 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
+import httpx2
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 import gptcore.prepare
+from gptcore import prepare_job
 from gptcore.dataset import HEADER_BYTES, Dataset
+from gptcore.failure import describe
+from gptcore.job_process import Process
 from gptcore.prepare import prepare
+from gptcore.rundir import RunDir
 from gptcore.sources import Document, Source, jsonl_files, local_files, parquet_files, python_stdlib, text_files
+from gptcore.spec import PrepareSpec, SpecError, parse_spec
 from gptcore.tokenizer import load_tokenizer
 from tests.gptcore.hellaswag_items import make_items
 
@@ -340,6 +348,35 @@ def test_a_dataset_is_read_from_the_hub_with_its_own_client(hub: tuple[str, Path
     everything, rest = json.loads(done.stdout)
     assert everything == texts
     assert rest == texts[70:]
+
+
+@pytest.mark.parametrize(("status", "reason"), [(503, "unavailable"), (429, "unavailable"), (404, "user_error")])
+def test_a_hub_that_is_away_is_asked_again_and_one_that_refuses_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, reason: str
+) -> None:
+    """By another attempt, which goes on where this one stopped."""
+
+    def refused(*_: object) -> NoReturn:
+        answer = httpx2.Response(status, request=httpx2.Request("GET", "https://hub"))
+        raise HfHubHTTPError(f"it answers {status}", response=answer)
+
+    monkeypatch.setenv("TRAINMASTER_HOME", str(tmp_path))
+    monkeypatch.setattr("gptcore.prepare_job.hub_files", refused)
+    source = {"format": "hub", "repo": "owner/name", "path": "*.parquet"}
+    spec = parse_spec({"kind": "prepare", "name": "p", "dataset": "books", "source": source})
+    assert isinstance(spec, PrepareSpec)
+    run = RunDir(tmp_path / "runs" / "p")
+    with pytest.raises((HfHubHTTPError, SpecError)) as caught:
+        prepare_job._run(Process(spec, run, run.attempt(1), lambda _: None))
+    failed = describe(caught.value, 0)
+    assert failed.reason == reason
+    assert f"it answers {status}" in failed.message and ("/source/repo" in failed.message) == (status == 404)
+
+
+def test_the_hub_that_cannot_be_reached_is_asked_again() -> None:
+    for error in (httpx2.ConnectError("no route"), OfflineModeIsEnabled("offline")):
+        assert describe(error, 0).reason == "unavailable"
+    assert describe(ConnectionError("something else's"), 0).reason == "crash"
 
 
 def test_hellaswag_is_fetched_from_the_hub_where_its_file_is_missing(hub: tuple[str, Path], tmp_path: Path) -> None:

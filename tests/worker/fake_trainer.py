@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
 import subprocess
 import sys
@@ -74,6 +75,13 @@ def main() -> None:
             if step == 3 and "fails" in labels:
                 report(events.Failed.model_validate({"reason": labels["fails"], "message": "as it was told"}))
                 sys.exit(1)
+            if step == 3 and "another_rank_fails" in labels:
+                failed = events.Failed.model_validate({"reason": "out_of_memory", "message": "no room", "rank": 1})
+                attempt.leave_word(1, failed)
+                with attempt.events.open("a") as torn:
+                    torn.write('{"type": "st')
+                    torn.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
             if step == 3 and labels.get("dies", "") >= str(number):
                 print("the last words", flush=True)
                 sys.exit(1)
