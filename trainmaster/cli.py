@@ -81,7 +81,9 @@ def api(
 def worker() -> None:
     """Start only a worker: with TRAINMASTER_REDIS_URL set, this machine joins another's stack."""
     if _redis_is_given():
-        Settings.from_environment()  # a bad one is named here, in words
+        from trainmaster.redis_server import await_given
+
+        await_given(Settings.from_environment().redis_url)  # a bad setting, or no Redis, is named here, in words
         os.execv(sys.executable, [sys.executable, "-m", "worker.agent"])
     _run_stack(api=False, logs=False)
 

@@ -146,9 +146,9 @@ class Client:
                         return
                     after, trial = event.id, _Trial(STREAM_SECONDS)
                     yield event.data
-                failure = _unreachable("it closed the stream")  # without an end: the server is going down
+                failure = self._unreachable("it closed the stream")  # without an end: the server is going down
             except httpx2.TransportError as error:
-                failure = _unreachable(error)
+                failure = self._unreachable(error)
             except TrainmasterError as error:
                 failure = error
             if (
@@ -172,7 +172,7 @@ class Client:
             try:
                 response = self._http.request(method, path, **request)
             except httpx2.TransportError as error:
-                trial.failed(_unreachable(error))
+                trial.failed(self._unreachable(error))
                 continue
             if response.is_success:
                 try:
@@ -181,6 +181,10 @@ class Client:
                     why = f"{self.url}{path} answers what is no JSON; is the URL a Trainmaster server's?"
                     raise TrainmasterError(why, status=response.status_code, code="no_json") from error
             trial.failed(_refusal(response))
+
+    def _unreachable(self, why: object) -> TrainmasterError:
+        way_out = "start it with `trainmaster up`, or set TRAINMASTER_URL or --url"
+        return TrainmasterError(f"the server at {self.url} cannot be reached: {why}; {way_out}", code="unreachable")
 
 
 class _Trial:
@@ -202,11 +206,6 @@ class _Trial:
 
 def _job(job_id: str) -> str:
     return f"/jobs/{quote(job_id, safe='')}"
-
-
-def _unreachable(why: object) -> TrainmasterError:
-    message = f"the server cannot be reached: {why}; is it up, and is the URL right?"
-    return TrainmasterError(message, code="unreachable")
 
 
 def _refusal(response: httpx2.Response) -> TrainmasterError:

@@ -17,7 +17,9 @@ def listen(host: str, port: int, redis_url: str) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise Mistake(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from error
+        why = str(error.strerror).partition(" (while")[0]  # Python names the address once more
+        way_out = "choose another with --port, and set TRAINMASTER_URL to it"
+        raise Mistake(f"cannot listen on {host}:{port}: {why}; {way_out}") from error
     if not _is_loopback(listener) and KeyRing(redis_url).is_empty():
         listener.close()
         raise Mistake(

@@ -56,6 +56,8 @@ def _estimate_rows(estimate: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 def job_table(job: Mapping[str, Any]) -> Table:
     best, error = job["best_checkpoint"], job["error"]
     status = ": ".join(filter(None, [job["status"], job["status_reason"] or job["phase"]]))
+    # where the user's mistake is named, the trainer's traceback only hides it; `trainmaster logs` has it
+    log = error["log"] if error and error["reason"] != "user_error" else []
     rows = [
         ("id", job["id"]),
         ("status", status),
@@ -70,7 +72,7 @@ def job_table(job: Mapping[str, Any]) -> Table:
         ("queue", f"position {job['queue_position']}" if job["queue_position"] else ""),
         ("labels", ", ".join(f"{k}={v}" for k, v in job["labels"].items())),
         *((what, moment(job[f"{what}_at"])) for what in ("created", "started", "finished")),
-        ("error", "\n".join([f"{error['reason']}: {error['message']}", *error["log"]]) if error else ""),
+        ("error", "\n".join([f"{error['reason']}: {error['message']}", *log]) if error else ""),
     ]
     return facts(job["name"], [(what, value) for what, value in rows if value])
 

@@ -180,13 +180,16 @@ def main(slot: Slot) -> None:
         # nvidia-smi counts along the PCI bus; CUDA's own default puts the fastest first
         os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, slot.gpus))}
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-        worker = SlotWorker(
-            [slot.id],
-            name=f"{slot.id}-{uuid.uuid4().hex}",  # RQ takes a dead worker's name for a living one
-            connection=connect(settings.redis_url), serializer=JSONSerializer, job_class=TicketJob,
-            worker_ttl=WORKER_SECONDS,
-        )  # fmt: skip
-        worker.work(logging_level="WARNING")
+        try:
+            worker = SlotWorker(
+                [slot.id],
+                name=f"{slot.id}-{uuid.uuid4().hex}",  # RQ takes a dead worker's name for a living one
+                connection=connect(settings.redis_url), serializer=JSONSerializer, job_class=TicketJob,
+                worker_ttl=WORKER_SECONDS,
+            )  # fmt: skip
+            worker.work(logging_level="WARNING")
+        except AWAY as error:  # at its start: later it waits. The agent starts another
+            sys.exit(f"slot {slot.id}: Redis is away: {error}")
 
 
 if __name__ == "__main__":

@@ -45,10 +45,11 @@ def test_a_refusal_carries_status_code_and_every_error(client: Client) -> None:
 
 def test_a_server_that_is_not_there_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainmaster.client, "CALL_SECONDS", 0.3)
-    with Client(f"http://127.0.0.1:{free_port()}") as client, pytest.raises(TrainmasterError) as caught:
+    url = f"http://127.0.0.1:{free_port()}"
+    with Client(url) as client, pytest.raises(TrainmasterError) as caught:
         client.jobs()
     assert (caught.value.status, caught.value.code) == (None, "unreachable")
-    assert "is it up" in str(caught.value)
+    assert f"the server at {url} cannot be reached: " in str(caught.value)
 
 
 def test_a_submission_waits_for_a_server_that_restarts_and_makes_one_job(

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.conftest import free_port, wait_until
 from tests.trainmaster.conftest import Start, run
 from trainmaster import Client
 from trainmaster.cli import _watch
-from trainmaster.tables import plan_table
+from trainmaster.tables import job_table, plan_table
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.json"
 
@@ -139,6 +140,17 @@ NOT_TO_BE_USED: dict[str, tuple[dict[str, str], list[str], str]] = {
         {"REDIS_URL": "redis://127.0.0.1:1/0", "GRACE_SECONDS": "abc"},
         ["worker"],
         "TRAINMASTER_GRACE_SECONDS 'abc': input should be",
+    ),
+    "no Redis there for a worker": (
+        {"REDIS_URL": "redis://:secret@127.0.0.1:1/0"},
+        ["worker"],
+        "Redis at 127.0.0.1:1/0, as TRAINMASTER_REDIS_URL has it, cannot be used: Error 111",
+    ),
+    "no server there": (
+        {"URL": "http://127.0.0.1:1"},
+        ["list"],
+        "the server at http://127.0.0.1:1 cannot be reached: [Errno 111] Connection refused; "
+        "start it with `trainmaster up`, or set TRAINMASTER_URL or --url",
     ),
     "a home that is a file": ({"HOME": "/etc/passwd"}, ["up"], "Not a directory: '/etc/passwd/logs'"),
     "the Hub's dataset": ({}, ["prepare", "mine", "--hub", "me/mine"], "me/mine: "),
@@ -277,3 +289,14 @@ def test_a_job_without_a_plan_is_shown_as_one_that_needs_none() -> None:
     with console.capture() as shown:
         console.print(plan_table({"spec": {"kind": "prepare", "name": "books"}, "plan": None}))
     assert "plan of books" in shown.get() and "prepare jobs need none" in shown.get()
+
+
+@pytest.mark.parametrize(("reason", "shown"), [("user_error", False), ("crash", True)])
+def test_a_failed_jobs_log_is_shown_where_its_reason_names_no_mistake(reason: str, shown: bool) -> None:
+    error = {"reason": reason, "message": "max_steps is 0", "log": ["Traceback (most recent call last):"]}
+    job = defaultdict(str, results={}, labels={}, error=error)
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(job_table(job))
+    assert f"{reason}: max_steps is 0" in captured.get()
+    assert ("Traceback" in captured.get()) == shown

@@ -200,7 +200,7 @@ def test_a_taken_port_is_named(home: Path) -> None:
         port = taken.getsockname()[1]
         done = run("up", "--port", str(port))
     assert done.returncode == 1
-    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another with --port, and" in done.stderr
     assert not processes_of(home)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -116,6 +117,15 @@ def test_a_trainers_threads_wait_as_the_workers_environment_says(
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # which a number of looks would overrule
     assert "GOMP_SPINCOUNT" not in trainer.environment(spec, settings)
+
+
+def test_a_slots_worker_that_finds_no_redis_ends_with_one_line(settings: Settings) -> None:
+    settings.home.mkdir(exist_ok=True)
+    away = {**os.environ, **replace(settings, redis_url="redis://127.0.0.1:1/0").to_environment()}
+    command = [sys.executable, "-m", "worker.tasks", node("n", 1).slots[0].model_dump_json()]
+    done = subprocess.run(command, env=away, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("slot n-0: Redis is away: Error 111") and done.stderr.count("\n") == 1
 
 
 def test_a_launcher_that_looks_often_asks_redis_seldom(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
