@@ -38,6 +38,8 @@ errors = Console(stderr=True, highlight=False)
 Url = Annotated[
     str | None, typer.Option(envvar="TRAINMASTER_URL", help="the server; by default the one of `trainmaster up`")
 ]
+PlanUrl = Annotated[str | None, typer.Option(envvar="TRAINMASTER_URL", help="the server that plans; by default none")]
+Pool = Annotated[str | None, typer.Option(help="whose workers take it, instead of the spec's resources.pool")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Host = Annotated[str, typer.Option(help="address to listen on")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0: any free one")]
@@ -149,9 +151,10 @@ def prepare(
 
 
 @app.command()
-def plan(file: SpecFile, url: Url = None, as_json: AsJson = False) -> None:
-    """Show what a spec comes to, or why it cannot run. Without a server it is planned right here."""
-    spec = _read_spec(file)
+def plan(file: SpecFile, pool: Pool = None, url: PlanUrl = None, as_json: AsJson = False) -> None:
+    """Show what a spec comes to, or why it cannot run. Without --url it is planned right here, for the device that
+    the spec names; a server plans for the workers it has, and adds time and cost."""
+    spec = _overridden(_read_spec(file), None, pool)
     planned = Client(url).plan(spec) if url else _plan_here(spec)
     _show(planned, as_json, plan_table)
 
@@ -161,13 +164,13 @@ def submit(
     file: SpecFile,
     watch: Annotated[bool, typer.Option("--watch", help="follow the job to its end")] = False,
     name: Annotated[str | None, typer.Option(help="instead of the name in the file")] = None,
+    pool: Pool = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """Send a job spec to the server."""
-    spec = _read_spec(file)
     client = Client(url)
-    job = client.submit({**spec, "name": name} if name else spec)
+    job = client.submit(_overridden(_read_spec(file), name, pool))
     if not (as_json and watch):
         _show(job, as_json, _status)
     if watch:
@@ -380,6 +383,17 @@ def _read_spec(file: str) -> dict[str, Any]:
     if not isinstance(spec, dict):
         raise Mistake(f"{file} holds a {type(spec).__name__}, not a JSON object")
     return spec
+
+
+def _overridden(spec: dict[str, Any], name: str | None, pool: str | None) -> dict[str, Any]:
+    """The spec with what options have instead, which goes among the overrides of {"from": job id}."""
+    if "from" in spec:
+        inner = spec.get("overrides", {})
+        return {**spec, "overrides": _overridden(inner, name, pool)} if isinstance(inner, dict) else spec
+    resources = spec.get("resources", {})
+    if pool and isinstance(resources, dict):
+        spec = {**spec, "resources": {**resources, "pool": pool}}
+    return {**spec, "name": name} if name else spec
 
 
 def _plan_here(data: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from tests.conftest import free_port, wait_until
 from tests.trainmaster.conftest import Start, run
 from trainmaster import Client
-from trainmaster.cli import _watch
+from trainmaster.cli import _overridden, _watch
 from trainmaster.tables import job_table, plan_table
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.json"
@@ -80,6 +80,28 @@ def test_what_python_reads_but_is_no_json_is_named(home: Path, stdin: str, said:
         done = run(command, "-", stdin=stdin)
         assert done.returncode == 1
         assert done.stderr.startswith("- is not JSON: ") and said in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({"name": "a", "resources": {"priority": 1}}, {"name": "b", "resources": {"priority": 1, "pool": "gpu"}}),
+        ({"name": "a"}, {"name": "b", "resources": {"pool": "gpu"}}),
+        ({"name": "a", "resources": []}, {"name": "b", "resources": []}),  # for the server to refuse
+        ({"from": "job-1"}, {"from": "job-1", "overrides": {"resources": {"pool": "gpu"}, "name": "b"}}),
+        ({"from": "job-1", "overrides": 7}, {"from": "job-1", "overrides": 7}),
+    ],
+)
+def test_options_stand_in_for_what_a_spec_says(given: dict[str, Any], sent: dict[str, Any]) -> None:
+    assert _overridden(given, "b", "gpu") == sent
+    assert _overridden(given, None, None) in (given, {"overrides": {}} | given)
+
+
+def test_a_plan_is_made_for_the_pool_that_is_asked_for(home: Path) -> None:
+    done = run("plan", str(DEMO), "--pool", "gpu", "--json")
+    assert json.loads(done.stdout)["spec"]["resources"]["pool"] == "gpu"
+    done = run("plan", str(DEMO), "--pool", "no pool")
+    assert done.returncode == 1 and "/resources/pool" in done.stderr
 
 
 def test_a_missing_file_is_named(home: Path) -> None:
