@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -55,6 +56,11 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
         """Raises BadSetting."""
         env = os.environ if environment is None else environment
+        known = [_variable(f.name) for f in fields(cls)]
+        for name in (name for name in env if name.startswith("TRAINMASTER_") and name not in known):
+            # only what is nearly one: compose and Kubernetes have variables of that beginning too
+            if near := get_close_matches(name, known, n=1, cutoff=0.93):
+                raise BadSetting(f"{name} is not read by anything; use {near[0]}, or unset it")
         given: dict[str, Any] = {f.name: text for f in fields(cls) if (text := env.get(_variable(f.name), "").strip())}
         given["home"] = Path(given.get("home", "~/.trainmaster")).expanduser().absolute()
         given["hf_namespaces"] = tuple(filter(None, re.split(r"[,\s]+", given.get("hf_namespaces", ""))))

@@ -11,7 +11,7 @@ import pytest
 
 from worker.hardware import GpuMemory, find_slots, gpus
 from worker.place import node_address, runs_root_id
-from worker.settings import Settings
+from worker.settings import BadSetting, Settings
 from worker.trainer import slot_cores
 
 HOME = Settings(home=Path("/nowhere"), device="cpu")
@@ -99,6 +99,16 @@ def test_settings_survive_the_way_through_an_environment() -> None:
 def test_a_bad_variable_is_named(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{name} '{value}'"):
         Settings.from_environment({name: value})
+
+
+@pytest.mark.parametrize(("misspelt", "meant"), [("SLOT", "SLOTS"), ("REDIS_URI", "REDIS_URL"), ("APIKEY", "API_KEY")])
+def test_a_misspelt_variable_is_named_with_the_one_that_was_meant(misspelt: str, meant: str) -> None:
+    with pytest.raises(
+        BadSetting, match=f"TRAINMASTER_{misspelt} is not read by anything; use TRAINMASTER_{meant}, or"
+    ):
+        Settings.from_environment({f"TRAINMASTER_{misspelt}": "x"})
+    others = ("PORT", "JOB", "ATTEMPT", "CHAOS", "SERVICE_HOST")  # compose's, a trainer's, a test's, Kubernetes'
+    assert Settings.from_environment({f"TRAINMASTER_{name}": "x" for name in others}).slots == ""
 
 
 def test_two_that_share_a_runs_root_read_the_same_word_in_it(tmp_path: Path) -> None:
