@@ -28,7 +28,7 @@ Key = Literal[
 ResultKey = Annotated[str, Field(pattern=r"^(hellaswag_|lm_eval:|(val_loss|bits_per_byte):)")]
 KEYS: tuple[Key, ...] = get_args(Key)
 EVENT_TYPES = ("step", "evaluated", "scored")  # those that carry values
-RUNS_KEPT = 32
+RUNS_KEPT = 128  # well above the 50 of a page of the list, which asks for every one of them again and again
 
 
 class Points(BaseModel, ser_json_inf_nan="strings"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import httpx2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.series import Curve
+from api.series import Curve, run_cache
 from tests.api.server import FakeRun, evaluated, step
 from worker.job import BestCheckpoint
 
@@ -57,6 +58,12 @@ def test_a_poll_reads_only_what_was_appended(http: httpx2.Client, run: FakeRun) 
         file.write(b"\n" * size)  # had it been read again, this would show
     run.write(step(3, 3.5), ship=False)
     assert curves(http, run)["train_loss"] == {"step": [*before["step"], 3], "value": [*before["value"], 3.5]}
+
+
+def test_the_runs_of_two_pages_of_the_list_are_read_once(tmp_path: Path) -> None:
+    run_of = run_cache(tmp_path)
+    first, again = ([run_of(f"job-{number}") for number in range(100)] for _ in range(2))
+    assert all(one is other for one, other in zip(first, again, strict=True))
 
 
 def test_a_torn_line_is_no_event_until_it_is_whole(http: httpx2.Client, run: FakeRun) -> None:
