@@ -62,7 +62,7 @@ class Guard:
             headers = Headers(scope=scope)
             self._check(headers)
             needed = needed_scope(scope["method"], scope["path"])
-            who = await run_in_threadpool(self._holder, headers, needed)
+            who = await run_in_threadpool(self._holder, headers, needed) if needed else "anyone"
         except (Refusal, *AWAY) as error:
             return await refusal_of(Request(scope), error).response()(scope, receive, noting)
         scope.setdefault("state", {})["who"] = who
@@ -94,10 +94,8 @@ class Guard:
             detail = f"the body's type is {kind!r}; send it with Content-Type: application/json"
             raise Refusal(415, "unsupported_media_type", detail)
 
-    def _holder(self, headers: Headers, needed: keyring.Scope | None) -> str:
+    def _holder(self, headers: Headers, needed: keyring.Scope) -> str:
         """Whose request it is. Raises Refusal."""
-        if needed is None:
-            return "anyone"
         scheme, _, text = headers.get("authorization", "").partition(" ")
         key = self._keys.find(text.strip()) if scheme.lower() == "bearer" else None
         if key and key.may(needed):

@@ -309,8 +309,9 @@ def audit(services: With, limit: Limit = 100) -> list[AuditEntry]:
 
 @router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", tags=["service"])
-def healthz() -> Health:
+async def healthz() -> Health:
     """This process answers."""
+    # in no thread: a Redis that hangs may hold all of them
     return Health(status="ok")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 
 from api.guard import MAX_BODY_BYTES
 from tests.api.server import FakeRun, Server, train_spec
-from tests.conftest import free_port
+from tests.conftest import free_port, wait_until
+from worker.keyring import KeyRing
 from worker.settings import Settings
 from worker.store import Store
 
@@ -200,6 +203,24 @@ def test_with_redis_away_the_answer_says_so_and_names_no_password(settings: Sett
             assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
             assert answer.headers["retry-after"] and "secret" not in answer.text
         assert server.http.get("/healthz").status_code == 200
+
+
+def test_a_redis_that_hangs_does_not_keep_a_process_from_saying_that_it_lives(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more requests waiting for it than the server has threads."""
+    thaws, asked = threading.Event(), []
+    monkeypatch.setattr(KeyRing, "is_empty", lambda _: asked.append(1) or thaws.wait(20))
+    limits = httpx2.Limits(max_connections=None)
+    with httpx2.Client(base_url=server.url, timeout=30, trust_env=False, limits=limits) as http:
+        with ThreadPoolExecutor(60) as pool:
+            waiting = [pool.submit(http.get, "/jobs") for _ in range(60)]
+            try:
+                wait_until(lambda: len(asked) >= 40)
+                assert http.get("/healthz", timeout=2).status_code == 200
+            finally:
+                thaws.set()
+    assert {one.result().status_code for one in waiting} == {200}
 
 
 def test_with_a_redis_that_takes_no_writes_reading_goes_on_and_the_reason_is_said(
