@@ -121,7 +121,8 @@ class Hub:
                     after = page[-1].id
                     yield page
                 elif feed is None:
-                    feed = self._join(job_id, after)
+                    # a client may name what is still to come, and all others would wait for it too
+                    feed = self._join(job_id, min(after, await run_in_threadpool(self._newest, job_id), key=place))
                 elif fresh := feed.newer(after):
                     after = fresh[-1].id
                     yield fresh
@@ -135,6 +136,11 @@ class Hub:
 
     def _page(self, job_id: str, after: str) -> list[Message]:
         return [_message(*one) for one in read_history(self.store, self._runs, job_id, after, PAGE_EVENTS)]
+
+    def _newest(self, job_id: str) -> str:
+        """The id of the newest event or change of status."""
+        event = self.store.last_event(job_id)
+        return max([event, *(change_id for change_id, _ in self.store.read_stream(job_id, event, 1)[1])], key=place)
 
     def _join(self, job_id: str, after: str) -> _Feed:
         feed = self._feeds.setdefault(job_id, _Feed(after))

@@ -248,6 +248,23 @@ def test_many_watchers_of_a_job_are_one_reader_of_redis(server: Server, run: Fak
     wait_until(lambda: xreads(redis_url) == 0)
 
 
+@pytest.mark.parametrize("ahead", ["999-1", "1-1.999"])
+def test_who_asks_for_what_is_still_to_come_delays_nobody(
+    http: httpx2.Client, run: FakeRun, redis_url: str, ahead: str
+) -> None:
+    run.write(step(1))
+    path = f"/jobs/{run.id}/events"
+    with raw_stream(http, path, **{"Last-Event-ID": ahead}), raw_stream(http, path) as messages:
+        assert [next(messages).id for _ in range(4)][-1] == "1-1"
+        wait_until(lambda: xreads(redis_url))
+        began = time.monotonic()
+        http.post(f"/jobs/{run.id}/pause")
+        assert next(messages).id == "1-1.4"
+        run.write(step(2))
+        assert next(messages).id == "1-2"
+        assert time.monotonic() - began < 5
+
+
 def test_who_is_too_slow_misses_nothing_and_holds_up_nobody(
     run: FakeRun, store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
