@@ -1,5 +1,6 @@
 """Several runs beside each other: curves on one axis, what differs in their specs, and where they part."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal
@@ -84,8 +85,9 @@ def _axis(by: Axis, spec: Mapping[str, Any], step_seconds: Points) -> Any:
         return float
     if by == "tokens":
         return lambda step: float(step * spec.get("tokens_per_step", 0))
-    spent = dict(zip(step_seconds.step, accumulate(step_seconds.value), strict=True))
-    return lambda step: spent.get(step, 0.0)
+    # what was evaluated at a step that the guard skipped stands behind the steps before it
+    spent = [0.0, *accumulate(step_seconds.value)]
+    return lambda step: spent[bisect_right(step_seconds.step, step)]
 
 
 def _differences(documents: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:

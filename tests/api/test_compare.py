@@ -44,6 +44,17 @@ def test_runs_are_aligned_and_their_differences_named(client: Client, new_run: C
     assert by_seconds[0]["x"] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
 
 
+def test_an_evaluation_of_a_step_that_was_skipped_stands_where_its_run_was(
+    client: Client, new_run: Callable[..., FakeRun]
+) -> None:
+    one, other = new_run(), None
+    one.write(evaluated(0, 5.0), *(step(i, step_seconds=0.5) for i in (1, 2, 4)), evaluated(3, 2.5), evaluated(4, 2.0))
+    one.end()
+    other = new_run()
+    found = client.compare(one.id, other.id, by="seconds")["series"]["val_loss"][0]
+    assert found == {"x": [0.0, 1.0, 1.5], "value": [5.0, 2.5, 2.0]}
+
+
 def test_runs_alike_part_nowhere_even_where_their_loss_is_no_number(
     client: Client, new_run: Callable[..., FakeRun]
 ) -> None:
