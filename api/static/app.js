@@ -1,6 +1,6 @@
 /* The page: a list of runs, and one run with its curves. Data goes into the document as text, never as markup. */
 
-import { Chart, Curve, drawSparkline } from "./charts.js";
+import { Chart, Curve, compact, drawSparkline } from "./charts.js";
 import { Refused, ask, follow, openFile, setKey } from "./server.js";
 
 const POLL_MILLISECONDS = 2000;
@@ -35,7 +35,6 @@ const count = (number) => Math.round(number).toLocaleString("en");
 // what is no finite number comes as null, "NaN" or "Infinity"
 const fixed = (number, digits) => (number == null ? "–" : Number(number).toFixed(digits));
 const loss = (number) => fixed(number, number < 10 ? 3 : 1);
-const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 
 function duration(seconds) {
   const whole = Math.max(0, Math.round(seconds));
@@ -208,6 +207,7 @@ class RunView {
     this.job = null;
     this.aboutIt = []; // jobs: evaluations of this run, and what publishes it
     this.curves = null;
+    this.complete = false; // whether the curves are all that there will be
     this.stream = null; // what stops it; null: poll() opens one
     this.drawn = true;
     this.goOnKey = crypto.getRandomValues(new Uint32Array(4)).join("-"); // clicked twice it makes one job
@@ -223,12 +223,14 @@ class RunView {
 
   /* All there is so far, then each event as it comes. */
   async open() {
+    const ended = ENDED.includes(this.job.status); // before it is asked for: it may end meanwhile
     const answer = await ask(path(this.id, `/metrics?max_points=${CURVE_POINTS}&keys=${CURVES.join("&keys=")}`));
     if (view !== this) return;
     this.curves = Object.fromEntries(CURVES.map((key) => [key, Curve.from(answer.series[key])]));
+    this.complete = ended;
     this.taken = 0;
     this.draw();
-    if (document.hidden || ENDED.includes(this.job.status)) return;
+    if (document.hidden || ended) return;
     this.follow(answer.last_event_id);
   }
 
@@ -268,7 +270,7 @@ class RunView {
     if (before && before !== job.status) tell(`${job.name} is ${job.status}`);
     this.showJob();
     await this.showSamples();
-    if (!this.stream && !(this.curves && ENDED.includes(before))) await this.open();
+    if (!this.stream && !this.complete) await this.open();
   }
 
   showJob() {

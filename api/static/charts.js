@@ -41,13 +41,13 @@ const finite = (value) => (Number.isFinite(value) ? value : null);
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+export const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 
 const plain = (value) =>
   value === 0 || (Math.abs(value) >= 0.01 && Math.abs(value) < 1e4)
     ? String(+value.toPrecision(4))
     : Math.abs(value) >= 1e4
-      ? short.format(value)
+      ? compact.format(value)
       : value.toExponential(1);
 
 /* One plot in a container: it takes the container's width, and the colours of the theme. */
@@ -72,8 +72,10 @@ export class Chart {
 
   show(data) {
     this.data = data;
-    if (this.plot) this.plot.setData(data, this.plot.zoomed !== true);
-    else this.build();
+    if (this.plot) {
+      this.plot.setData(data, this.plot.zoomed !== true);
+      if (this.plot.zoomed) this.plot.redraw(); // data set without new scales is not drawn
+    } else this.build();
     this.showNewest();
   }
 
@@ -101,7 +103,7 @@ export class Chart {
       hooks: { setSelect: [(plot) => (plot.zoomed = true)], setCursor: [() => this.showNewest()] },
       scales: { x: { time: false }, y: this.log ? { distr: 3, range: aroundLog } : { range: around } },
       axes: [
-        { ...axis, space: 60, size: 28, values: (_, ticks) => ticks.map((tick) => (tick % 1 ? "" : short.format(tick))) },
+        { ...axis, space: 60, size: 28, values: (_, ticks) => ticks.map((tick) => (tick % 1 ? "" : compact.format(tick))) },
         { ...axis, size: 56, values: (_, ticks) => ticks.map(plain), ...(this.log && { splits: logTicks, filter: all }) },
       ],
       series: [
@@ -110,7 +112,7 @@ export class Chart {
           ...one,
           stroke: color(one.color) + (one.faint ? "77" : ""),
           width: one.faint ? 1 : 2,
-          points: { show: Boolean(one.dots), size: 6, fill: color(one.color) },
+          points: { show: one.dots || isOnePoint, size: 6, fill: color(one.color) },
           value: (_, value) => (value == null ? "–" : plain(value)),
         })),
       ],
@@ -119,6 +121,9 @@ export class Chart {
     this.plot.over.addEventListener("dblclick", () => (this.plot.zoomed = false));
   }
 }
+
+/* No line shows that. */
+const isOnePoint = (plot, at) => plot.data[at].filter((value) => value != null).length === 1;
 
 const all = (_, ticks) => ticks;
 

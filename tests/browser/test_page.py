@@ -33,6 +33,7 @@ DRAWN = """() => {
         count += pixels[at + 3] > 200 && Math.abs(pixels[at] - 79) + Math.abs(pixels[at + 1] - 70) < 30;
     return count;
 }"""
+PICTURE = "document.querySelector('#loss-chart canvas').toDataURL()"
 
 
 def feed(run: FakeRun, first: int, last: int) -> None:
@@ -118,6 +119,47 @@ def test_a_curve_is_drawn_and_grows_as_steps_come(page: Page, server: Server, ru
     run.end("succeeded", progress=1.0)
     expect(page.locator("#run-status")).to_have_text("succeeded")
     expect(page.get_by_role("button", name="Cancel run")).to_be_hidden()
+
+
+def test_a_zoomed_curve_is_drawn_as_it_changes(page: Page, server: Server, run: FakeRun) -> None:
+    feed(run, 1, 60)
+    page.goto(f"{server.url}/#{run.id}")
+    at_step(page, 60)
+    whole = wait_until(lambda: page.evaluate(PICTURE))
+    box = page.locator("#loss-chart .u-over").bounding_box()
+    assert box
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] / 4, y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, y, steps=5)
+    page.mouse.up()
+    zoomed = wait_until(lambda: page.evaluate(PICTURE) != whole and page.evaluate(PICTURE))
+    run.begin_attempt()
+    run.write(*(step(i, 1 + i % 2) for i in range(20, 61)))
+    wait_until(lambda: page.evaluate(PICTURE) != zoomed)
+
+
+def test_a_curve_of_one_point_is_seen(page: Page, server: Server, run: FakeRun) -> None:
+    feed(run, 1, 1)
+    page.goto(f"{server.url}/#{run.id}")
+    at_step(page, 1)
+    wait_until(lambda: page.evaluate(DRAWN) > 10)
+
+
+def test_the_curve_of_a_run_that_ended_unseen_is_asked_for_until_it_comes(
+    page: Page, server: Server, run: FakeRun, complaints: Complaints
+) -> None:
+    complaints.expected = "Failed to load resource: net::"
+    feed(run, 1, 20)
+    page.goto(f"{server.url}/#{run.id}")
+    at_step(page, 20)
+    hide(page, True)
+    feed(run, 21, 30)
+    run.end("succeeded")
+    page.route("**/metrics?max_points=*", lambda route: route.abort(), times=1)
+    hide(page, False)
+    expect(page.locator("#run-status")).to_have_text("succeeded")
+    at_step(page, 30)
 
 
 def test_a_run_without_a_step_yet_is_shown_and_begins(page: Page, server: Server, run: FakeRun) -> None:
