@@ -137,8 +137,27 @@ def test_an_ended_job_is_deleted_with_all_that_it_left(
     assert (settings.runs / run.id).exists()
     client.delete(run.id)
     assert not (settings.runs / run.id).exists()
-    assert http.get(f"/jobs/{run.id}").status_code == http.delete(f"/jobs/{run.id}").status_code == 404
+    assert http.get(f"/jobs/{run.id}").status_code == http.delete("/jobs/job-0").status_code == 404
+    client.delete(run.id)  # as where the first answer was lost
     assert http.get("/jobs").json()["data"] == [] and store.read_events(run.id) == [] == status_changes(store, run.id)
+
+
+@pytest.mark.parametrize(("where", "what"), [(Path, "rename"), (shutil, "rmtree")], ids=["rename", "rmtree"])
+def test_a_job_deleted_twice_at_a_time_is_gone_for_both(
+    run: FakeRun, store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, where: Any, what: str
+) -> None:
+    run.write(evaluated(1, 2.0))
+    run.end()
+    really = getattr(where, what)
+
+    def outrun(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(where, what, really)
+        delete_job(store, settings.runs, run.id)
+        return really(*args, **options)
+
+    monkeypatch.setattr(where, what, outrun)
+    delete_job(store, settings.runs, run.id)
+    assert list(settings.runs.iterdir()) == [] == store.list_jobs().data
 
 
 def test_a_job_that_another_reads_from_stays_until_that_has_ended(

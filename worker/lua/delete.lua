@@ -1,8 +1,9 @@
 -- id → '' once the job's record and streams are gone, its status where it has not ended, the id of a job not ended
--- that reads its files; nil for no such job. Its idempotency key stays: a request repeated late makes no new job.
+-- that reads its files; nil for no such job, unless it was deleted within the week: who heard no answer asks again.
+-- Its idempotency key stays: a request repeated late makes no new job.
 local id = ARGV[1]
 local status = redis.call('HGET', K.job .. id, 'status')
-if not status then return false end
+if not status then return redis.call('EXISTS', K.deleted .. id) == 1 and '' end
 if not TERMINAL[status] then return status end
 for _, other in ipairs(redis.call('ZRANGE', K.jobs, 0, -1)) do
   local state, spec = unpack(redis.call('HMGET', K.job .. other, 'status', 'spec'))
