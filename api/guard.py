@@ -5,6 +5,7 @@ request across sites (Origin) nor under a name of its own that it points here (H
 """
 
 import ipaddress
+import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from urllib.parse import urlsplit
@@ -56,6 +57,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update(HEADERS)
+                # else a page may run the scripts of an older version
+                MutableHeaders(scope=message).setdefault("Cache-Control", "no-cache")
             await send(message)
 
         try:
@@ -68,6 +71,12 @@ class Guard:
         scope.setdefault("state", {})["who"] = who
         try:
             await self._app(scope, receive, noting)
+        except Exception as error:
+            if status:
+                raise
+            # Starlette would answer outside of all that stands around the routes, and uvicorn end the connection
+            logging.getLogger(__name__).exception("a fault of the server")
+            await refusal_of(Request(scope), error).response()(scope, receive, noting)
         finally:
             # what is open to everyone changes nothing, and would push out what did
             if needed is not None and scope["method"] not in ("GET", "HEAD"):

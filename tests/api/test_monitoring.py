@@ -16,6 +16,7 @@ from tests.api.server import FakeRun, step, train_spec
 from tests.api.test_stream import stream
 from tests.conftest import wait_until
 from worker.progress import Progress
+from worker.store import Store
 
 Numbers = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -85,6 +86,24 @@ def test_a_live_event_counts_with_its_age(http: httpx2.Client, run: FakeRun) -> 
         found = numbers(http)
     assert found["trainmaster_stream_lag_seconds_count", ()] == 1
     assert 0 < found["trainmaster_stream_lag_seconds_sum", ()] < 2
+
+
+def test_a_fault_of_the_server_is_answered_counted_and_logged_as_all_else(
+    http: httpx2.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    caplog.set_level(logging.INFO, logger="api.monitoring")
+    monkeypatch.setattr(Store, "list_jobs", fail)
+    answer = http.get("/jobs", headers={"X-Request-Id": "mine"})
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
+    assert (answer.headers["x-request-id"], answer.headers["x-frame-options"]) == ("mine", "DENY")
+    labels = (("method", "GET"), ("route", "/jobs"), ("status", "500"))
+    assert numbers(http)["trainmaster_request_seconds_count", labels] == 1
+    assert [record.levelname for record in caplog.records if record.exc_info] == ["ERROR"]  # with its traceback, once
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records if record.name == "api.monitoring"]
+    assert [(line["path"], line["status"]) for line in lines] == [("/jobs", 500)]
 
 
 def test_a_request_is_logged_with_its_id_and_job(http: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:

@@ -193,7 +193,9 @@ def test_the_page_runs_nothing_from_elsewhere_and_is_framed_by_nobody(http: http
     policy = answer.headers["content-security-policy"]
     assert "default-src 'self'" in policy and "unsafe" not in policy
     assert answer.headers["x-frame-options"] == "DENY"
-    assert http.get("/static/app.js").headers["x-content-type-options"] == "nosniff"
+    script = http.get("/static/app.js")
+    assert script.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["cache-control"] == script.headers["cache-control"] == "no-cache"
 
 
 def test_with_redis_away_the_answer_says_so_and_names_no_password(settings: Settings) -> None:
