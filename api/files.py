@@ -7,6 +7,7 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
+from starlette.types import Message, Receive, Scope, Send
 
 from api.planning import is_inside
 from api.problems import Refusal
@@ -26,6 +27,17 @@ class CheckpointSummary(BaseModel):
     bytes: int
     val_loss: float | None = Field(description="nats a token; null: not evaluated at this step")
     best: bool
+
+
+class _Download(FileResponse):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def refusing(message: Message) -> None:
+            if message.get("status") in (400, 416):  # which Starlette says in plain text
+                headers = {"Content-Range": f"bytes */{self.headers['content-length']}"}
+                raise Refusal(416, "bad_range", "the Range names no part of the file", headers=headers)
+            await send(message)
+
+        await super().__call__(scope, receive, refusing)
 
 
 class Artifact(BaseModel):
@@ -89,4 +101,4 @@ def artifact(job_id: str, path: str, services: With) -> FileResponse:
         detail = f"{job_id} has no file {path!r}; GET /jobs/{job_id}/artifacts lists them"
         raise Refusal(404, "artifact_not_found", detail)
     # offered for download: what a run wrote is never shown as a page of this server
-    return FileResponse(file, media_type="application/octet-stream", filename=file.name)
+    return _Download(file, media_type="application/octet-stream", filename=file.name)

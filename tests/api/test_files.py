@@ -94,6 +94,10 @@ def test_a_file_of_a_run_is_offered_for_download_never_shown(
     assert answer.headers["content-disposition"].startswith("attachment")
     part = http.get(f"/jobs/{run.id}/artifacts/export/page.html", headers={"Range": "bytes=1-6"})
     assert (part.status_code, part.text) == (206, "script")
+    for bad in ("bytes=99-", "lines=1-2", "bytes=", "bytes=3-1"):
+        refused = http.get(f"/jobs/{run.id}/artifacts/export/page.html", headers={"Range": bad})
+        assert (refused.status_code, refused.json()["code"]) == (416, "bad_range"), bad
+        assert refused.headers["content-range"] == "bytes */25"
 
 
 CLIMBING = [
