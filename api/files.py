@@ -18,7 +18,7 @@ from gptcore.rundir import RunDir
 router = APIRouter(responses=PROBLEMS, tags=["runs"])
 
 
-class CheckpointSummary(BaseModel):
+class CheckpointSummary(BaseModel, ser_json_inf_nan="strings"):
     """A complete checkpoint; `path` is its folder, for `/artifacts`."""
 
     step: int

@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -155,8 +156,9 @@ class Run:
         for attempt in [attempt for attempt in self._run_dir.attempts() if attempt.events.exists()]:
             for offset, line in read_lines(attempt.events, self._offsets[attempt.number]):
                 self._offsets[attempt.number] = offset
-                # twice as fast as json's; no value repeats so often that caching it pays
-                self._take(from_json(line, cache_strings="keys"))
+                with suppress(ValueError, KeyError, TypeError):  # a damaged line, which is not shipped either
+                    # twice as fast as json's; no value repeats so often that caching it pays
+                    self._take(from_json(line, cache_strings="keys"))
 
     def _take(self, event: dict[str, Any]) -> None:
         self._last_event_id = f"{event['attempt']}-{event['seq']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -45,6 +46,14 @@ def test_checkpoints_are_listed_with_their_losses(http: httpx2.Client, run: Fake
     assert (second["step"], second["val_loss"], second["best"]) == (8, None, False)
     weights = http.get(f"/jobs/{run.id}/artifacts/{first['path']}/model.safetensors")
     assert weights.content == b"w" * 100 and first["bytes"] > 100
+
+
+def test_a_checkpoints_loss_that_is_no_number_is_told_from_none(
+    http: httpx2.Client, run: FakeRun, settings: Settings
+) -> None:
+    run.write(evaluated(4, math.nan))
+    save_checkpoint(settings.runs / run.id, 4)
+    assert [one["val_loss"] for one in http.get(f"/jobs/{run.id}/checkpoints").json()] == ["NaN"]
 
 
 @pytest.mark.parametrize("listing", ["checkpoints", "artifacts"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,6 +75,17 @@ def test_a_torn_line_is_no_event_until_it_is_whole(http: httpx2.Client, run: Fak
         file.flush()
         assert curves(http, run)["train_loss"]["step"] == [1]
         file.write(line[50:] + "\n")
+    assert curves(http, run)["train_loss"]["step"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "damaged", ["\0" * 20, '{"type": "step", "st', "{}", "1", '{"type": "sampled", "attempt": 1, "seq": 2}']
+)
+def test_a_damaged_line_is_passed_over(http: httpx2.Client, run: FakeRun, damaged: str) -> None:
+    run.write(step(1))
+    with run.events_file.open("a") as file:
+        file.write(f"{damaged}\n")
+    run.write(step(2), ship=False)
     assert curves(http, run)["train_loss"]["step"] == [1, 2]
 
 
