@@ -88,7 +88,7 @@ def test_more_ranks_than_a_slot_holds_are_refused_with_how_many_it_does() -> Non
 
 def test_a_model_that_cannot_fit_is_refused_with_what_it_needs_and_what_there_is() -> None:
     spec = resolve(read_spec(EXAMPLES / "llama-124m.json"), Path("nowhere"))  # type: ignore[arg-type]
-    message = refused(spec, Hardware(device="cuda", device_name="small", memory_bytes=2**30))["/micro_batch_size"]
+    message = refused(spec, Hardware(device="cuda", device_name="small", memory_bytes=2**30))["/model"]
     assert "1.0 GiB" in message
 
 
