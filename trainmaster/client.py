@@ -151,9 +151,8 @@ class Client:
                 failure = self._unreachable(error)
             except TrainmasterError as error:
                 failure = error
-            if (
-                time.monotonic() - asked_at > STREAM_SECONDS
-            ):  # no event, and yet it was there: only a silence ends sooner
+            # it had no event, and yet it was there: a server that is not is given up sooner
+            if time.monotonic() - asked_at > STREAM_SECONDS:
                 trial = _Trial(STREAM_SECONDS)
             trial.failed(failure)
 
