@@ -75,8 +75,8 @@ def _whole_checkpoints(checkpoint: Any) -> None:
         final = self._folder(step)
         final.mkdir(parents=True)
         (final / "state.json").write_text(checkpoint.json.dumps(meta))
-        checkpoint._write_tensors(weights, final / "model.safetensors")
-        checkpoint._write_tensors(moments, final / "optimizer.safetensors")
+        checkpoint.write_tensors(weights, final / "model.safetensors")
+        checkpoint.write_tensors(moments, final / "optimizer.safetensors")
         self._retire(best)
         return checkpoint.Checkpointed(step=step, path=str(final.relative_to(self._run.path)), bytes=0, seconds=0.0)
 

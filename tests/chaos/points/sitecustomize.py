@@ -102,7 +102,7 @@ def _shipper(module: Any) -> None:
 
 def _checkpoint(module: Any) -> None:
     before(module.Saver, "_retire", "after-rename")
-    before(module, "_write_tensors", "mid-checkpoint")
+    before(module, "write_tensors", "mid-checkpoint")
 
 
 def _events(module: Any) -> None:
