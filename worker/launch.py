@@ -206,9 +206,12 @@ class Launcher:
             tree.end_within(self._settings.grace_seconds)
 
     def _pass_on_word_left(self) -> None:
-        """Of another rank, which broke: the first was killed while it waited for that one on its GPU."""
+        """Of another rank, which broke: the first was killed while it waited for that one on its GPU.
+
+        A crash may be no more than the echo of the first one's own end, so it stays in the log.
+        """
         word = self._attempt.word_left()
-        if word is not None and self._shipper.progress.outcome is None:
+        if word is not None and word.reason != "crash" and self._shipper.progress.outcome is None:
             report = JsonlReport(self._attempt.events, self._attempt.number)
             report(word)
             report.close()

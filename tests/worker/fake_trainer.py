@@ -76,7 +76,9 @@ def main() -> None:
                 report(events.Failed.model_validate({"reason": labels["fails"], "message": "as it was told"}))
                 sys.exit(1)
             if step == 3 and "another_rank_fails" in labels:
-                failed = events.Failed.model_validate({"reason": "out_of_memory", "message": "no room", "rank": 1})
+                failed = events.Failed.model_validate(
+                    {"reason": labels["another_rank_fails"], "message": "no room", "rank": 1}
+                )
                 attempt.leave_word(1, failed)
                 with attempt.events.open("a") as torn:
                     torn.write('{"type": "st')

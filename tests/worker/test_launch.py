@@ -168,12 +168,21 @@ def test_why_another_rank_broke_is_said_where_the_first_was_killed_over_it(
 ) -> None:
     """On GPUs the first waits for the others in a kernel that nothing interrupts."""
     start_worker(fake)
-    job = ended(store, submit(store, another_rank_fails="yes"))
+    job = ended(store, submit(store, another_rank_fails="out_of_memory"))
     assert (job.status, job.attempt) == ("failed", 1)
     assert job.error is not None and (job.error.reason, job.error.message) == ("out_of_memory", "no room")
     failed = parse_event(shipped(store, job.id)[-1])
     assert (failed.type, failed.seq, failed.rank) == ("failed", 4, 1)
     assert shipped(store, job.id) == written(fake, job.id)
+
+
+def test_a_rank_that_broke_over_the_end_of_the_first_does_not_explain_it(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    start_worker(fake)
+    job = ended(store, submit(store, another_rank_fails="crash"))
+    assert (job.status, job.attempt) == ("failed", fake.max_attempts)
+    assert job.error is not None and "ended without a word by SIGKILL" in job.error.message
 
 
 def test_an_attempt_that_saved_a_checkpoint_does_not_count_against_the_next(
