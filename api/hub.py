@@ -36,10 +36,18 @@ def read_history(store: Store, runs: Path, job_id: str, after: str = "0-0", coun
     kept, changes = store.read_stream(job_id, f"{attempt}-{seq}", count)
     first = place(kept[0][0]) if kept else (1 << 60,)  # behind every event
     if first != (attempt, seq + 1) and (kept or store.last_event(job_id) == "0-0"):
-        lines = RunDir(runs / job_id).lines_behind(attempt, seq)
+        lines = (one for one in RunDir(runs / job_id).lines_behind(attempt, seq) if _is_event(one[1]))
         kept = [*islice(takewhile(lambda one: place(one[0]) < first, lines), count), *kept]
     fresh = [one for one in changes if place(one[0]) > place(after)]
     return sorted(kept + fresh, key=lambda one: place(one[0]))[:count]
+
+
+def _is_event(line: str) -> bool:
+    """Also one of a later version; what a broken disk left is none."""
+    try:
+        return "type" in json.loads(line)
+    except (ValueError, TypeError):
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -124,8 +125,10 @@ class RunDir:
                 number += 1
 
     def events(self) -> Iterator[object]:
-        """Every event of every attempt, in order."""
-        return (parse_event(line) for _, line in self.lines_behind(0, 0))
+        """Every event of every attempt, in order; a damaged line, or one of a later version, is passed over."""
+        for _, line in self.lines_behind(0, 0):
+            with suppress(ValueError):
+                yield parse_event(line)
 
     def lines_behind(self, attempt: int, seq: int) -> Iterator[tuple[str, str]]:
         """Id and JSON of the events behind {attempt}-{seq}: an attempt's event n is line n of its file."""

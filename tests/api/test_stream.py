@@ -150,6 +150,21 @@ def test_a_run_that_redis_has_forgotten_is_told_from_its_files(http: httpx2.Clie
         assert [message.event for message in messages] == ["step", "step", "step", "end"]
 
 
+@pytest.mark.parametrize("damaged", ["\0" * 20, '{"type": "step", "st', "{}", "1"])
+def test_a_damaged_line_of_a_forgotten_run_is_passed_over(
+    http: httpx2.Client, run: FakeRun, store: Store, damaged: str
+) -> None:
+    run.write(*(step(i) for i in range(1, 4)))
+    lines = run.events_file.read_text().splitlines()
+    run.events_file.write_text("\n".join([lines[0], damaged, lines[2]]) + "\n")
+    store._redis.delete(KEYS["events"] + run.id)
+    page = http.get(f"/jobs/{run.id}/events").json()["data"]
+    assert [event["step"] for event in page if event["type"] == "step"] == [1, 3]
+    run.end()
+    with stream(http, f"/jobs/{run.id}/events") as messages:
+        assert [message.id for message in messages if message.event != "end"] == ["1-1", "1-3"]
+
+
 def test_pages_of_events_join_without_gap(http: httpx2.Client, run: FakeRun) -> None:
     run.write(*(step(i) for i in range(1, 8)))
     seen, query = [], {"limit": "3"}
