@@ -47,6 +47,9 @@ def _run(process: Process[EvalSpec]) -> Finished | None:
     theirs = [task for task in spec.tasks if task.startswith(HARNESS)]
     manager = _task_manager(theirs, subject) if theirs and dist.first else None
     step = subject.checkpoint.step if isinstance(subject, Trained) else 0
+    folder = subject.path if isinstance(subject, HubFolder) else process.run.path / "model"
+    if theirs and dist.first and isinstance(subject, Trained):  # a run in training may drop the checkpoint by then
+        export_model(folder, subject.spec.model, subject.checkpoint.weights(), subject.tokenizer)
     process.report(PhaseChanged(phase="evaluating"))
     scored = []
     if ours:
@@ -58,9 +61,6 @@ def _run(process: Process[EvalSpec]) -> Finished | None:
     if not dist.first:
         return None
     if theirs:
-        folder = subject.path if isinstance(subject, HubFolder) else process.run.path / "model"
-        if isinstance(subject, Trained):
-            export_model(folder, subject.spec.model, subject.checkpoint.weights(), subject.tokenizer)
         for task in theirs:
             process.heed()
             scored.append(_run_harness(task, manager, folder, spec.limit, dist, step))

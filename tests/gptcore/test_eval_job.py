@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gptcore.rundir import RunDir, write_atomically
 from gptcore.sources import jsonl_files
 from gptcore.spec import EvalSpec, parse_spec
 from gptcore.subject import find_subject
+from tests.conftest import wait_until
 from tests.gptcore.conftest import Trainers, prepare_small, tiny_spec
 from tests.gptcore.hellaswag_items import write_items, write_task
 
@@ -42,7 +44,9 @@ def evaluated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def evaluate(home: Path, name: str, ranks: int = 1, **body: Any) -> list[Any]:
+def evaluate(
+    home: Path, name: str, ranks: int = 1, after_a_score: Callable[[], object] | None = None, **body: Any
+) -> list[Any]:
     run = RunDir(home / "runs" / name)
     spec = parse_spec({"kind": "eval", "name": "e", "source": "source", **body})
     write_atomically(run.spec, spec.model_dump_json())
@@ -50,9 +54,13 @@ def evaluate(home: Path, name: str, ranks: int = 1, **body: Any) -> list[Any]:
     head = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *head, "-m", "gptcore.eval_job", str(run.path), "--attempt", str(attempt.number)]
     given = {"TRAINMASTER_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HOME": str(home / "hf"), **OFFLINE}
-    done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, timeout=200)
+    process = subprocess.Popen(command, env=os.environ | given, stderr=subprocess.PIPE, text=True)
+    if after_a_score is not None:
+        wait_until(lambda: process.poll() is not None or any(isinstance(e, Scored) for e in run.events()), 200)
+        after_a_score()
+    errors = process.communicate(timeout=200)[1]
     events = list(run.events())
-    assert events, done.stderr
+    assert events, errors
     return events
 
 
@@ -62,14 +70,18 @@ def results(events: list[Any]) -> dict[str, float]:
 
 
 def test_a_checkpoint_its_export_and_the_harness_agree(evaluated_home: Path) -> None:
-    of_job = results(evaluate(evaluated_home, "of-job", tasks=[*OURS, "lm_eval:hellaswag_local@3"]))
     source = RunDir(evaluated_home / "runs" / "source")
+    kept, dropped = source.checkpoints, evaluated_home / "dropped"
+    # what a run still in training does with a checkpoint that is the best no more
+    drop = {"after_a_score": lambda: kept.rename(dropped)}
+    of_job = results(evaluate(evaluated_home, "of-job", tasks=[*OURS, "lm_eval:hellaswag_local@3"], **drop))
+    dropped.rename(kept)
     logged = min(e.val_loss for e in source.events() if isinstance(e, Evaluated))
     assert of_job["val_loss"] == pytest.approx(logged, abs=1e-5)
     assert of_job["lm_eval:hellaswag_local/acc_norm@3"] == of_job["hellaswag_acc_norm@3"]
     assert not (evaluated_home / "runs" / "of-job" / "model").exists()
-    kept = json.loads((source.evaluations / "of-job.json").read_text())
-    assert [event["task"] for event in kept] == [*OURS, "lm_eval:hellaswag_local@3"]
+    scores = json.loads((source.evaluations / "of-job.json").read_text())
+    assert [event["task"] for event in scores] == [*OURS, "lm_eval:hellaswag_local@3"]
 
     folder = {"source": "source/export", "dataset": "small", "eval_tokens": 1024}
     of_folder = results(evaluate(evaluated_home, "of-folder", tasks=OURS, **folder))
