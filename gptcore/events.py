@@ -138,7 +138,7 @@ class RolledBack(EventBase):
 
 
 class Resumed(EventBase):
-    """`probe_loss` is a fixed batch's loss stored in the checkpoint, `recomputed_loss` that of now."""
+    """`probe_loss` is the first window's loss stored in the checkpoint, `recomputed_loss` that of now."""
 
     type: Literal["resumed"] = "resumed"
     step: int

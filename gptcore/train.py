@@ -322,9 +322,10 @@ class Trainer:
         return loss.detach()
 
     def _probe_batch(self) -> Batch:
-        """The first windows of the run, the same ones in every attempt."""
-        tokens, targets = self.train_windows.read(0, self.planned.micro_batch_size)
-        return tokens.to(self.dist.device), targets.to(self.dist.device)
+        """The run's first window, as often as a micro-batch has rows: its loss is the same whatever their number."""
+        tokens, targets = self.train_windows.read(0, 1)
+        rows, device = self.planned.micro_batch_size, self.dist.device
+        return tokens.repeat(rows, 1).to(device), targets.repeat(rows, 1).to(device)
 
     def _probe_loss(self) -> float:
         return float(self._loss(*self._probe_batch()))

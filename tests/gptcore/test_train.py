@@ -189,6 +189,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(train: Trainers) -> None:
     kill_at_random(train, run, 2, kills=1, draw=random.Random(5))
     moved = train(spec, "moved")
     assert moved.returncode == 0, moved.output
+    assert [e.micro_batch_size for e in moved.of_type(Started)] == [8, 16]
+    assert [e.difference for e in moved.of_type(Resumed)] == [pytest.approx(0, abs=1e-5)]
     assert moved.losses().keys() == whole.losses().keys()
     for step, loss in whole.losses().items():
         assert moved.losses()[step] == pytest.approx(loss, abs=1e-2 * loss)
