@@ -10,6 +10,7 @@ from gptcore.native import native_class
 from gptcore.plan import Hardware, Plan, plan, refuse_another_run, resolve
 from gptcore.rundir import RunDir
 from gptcore.spec import AnySpec, EvalSpec, InitSpec, PrepareSpec, PublishSpec, TrainSpec, children_of, refusal
+from worker.place import runs_root_id
 from worker.settings import Settings
 from worker.store import JobNotFound, Store
 
@@ -50,17 +51,22 @@ def planned(spec: AnySpec, settings: Settings, store: Store) -> Planned:
     if resolved.init_from is not None:
         _check_init(resolved, resolved.init_from, settings)
     if resolved.publish is not None:
-        _refuse("/publish/repo", settings.refuses_repo(resolved.publish.repo))
+        _check_repo(resolved.publish.repo, "/publish/repo", pool, settings, store)
         _check_exportable(resolved, "/publish")
-    guess, warnings = None, []
+    guess, warnings = None, list[str]()
     if hardware is None:
         numbers = plan(resolved, Hardware(device="cpu" if device == "auto" else device, ranks=ANY_RANKS))
         warnings = [f"pool {pool} has no live worker; the job waits until one joins, and may not fit it"]
     else:
         numbers = plan(resolved, hardware)
         guess = estimate(resolved, numbers, hardware, settings, store)
-        if (live := store.live_nodes(pool, spec.resources.ranks_per_node)) < spec.resources.nodes:
-            warnings = [f"pool {pool} has {live} live nodes of {spec.resources.nodes}; the job waits until more join"]
+        nodes, asked = store.live_nodes(pool), spec.resources
+        large = sum(any(slot.hardware.ranks >= asked.ranks_per_node for slot in node.slots) for node in nodes)
+        if large < asked.nodes:
+            warnings.append(f"pool {pool} has {large} live nodes of {asked.nodes}; the job waits until more join")
+        if all(node.runs_root not in ("", runs_root_id(settings)) for node in nodes):
+            why = f"no worker of pool {pool} has this server's {settings.home}"
+            warnings.append(f"{why}: of the run it can show no curves, logs, checkpoints or files; share the folder")
     numbers = numbers.model_copy(update={"warnings": [*numbers.warnings, *warnings], "estimate": guess})
     return Planned(spec=resolved, plan=numbers, children=children)
 
@@ -68,7 +74,7 @@ def planned(spec: AnySpec, settings: Settings, store: Store) -> Planned:
 def _check_subject(spec: EvalSpec | PublishSpec, settings: Settings, store: Store) -> str | None:
     """Refuse what is known not to be there; the id of the job that it is about, once that has succeeded."""
     if isinstance(spec, PublishSpec):
-        _refuse("/repo", settings.refuses_repo(spec.repo))
+        _check_repo(spec.repo, "/repo", spec.resources.pool, settings, store)
     if spec.source.startswith("hf://"):
         if isinstance(spec, PublishSpec):
             _refuse("/source", f"source {spec.source!r} is on the Hub already; publish takes a train job's id")
@@ -103,6 +109,14 @@ def _run_with_weights(source: str, pointer: str, settings: Settings, exported_to
     if not (exported_too and (folder / "config.json").exists()) and not run.complete_checkpoints():
         _refuse(pointer, f"source {source!r} has no checkpoint yet; name a train job that has saved one")
     return run
+
+
+def _check_repo(repo: str, pointer: str, pool: str, settings: Settings, store: Store) -> None:
+    owner, nodes = repo.partition("/")[0], store.live_nodes(pool)
+    _refuse(pointer, settings.refuses_repo(repo))
+    if nodes and not any(node.publishes_as is None or owner in node.publishes_as for node in nodes):
+        way_out = f"start one with HF_TOKEN and TRAINMASTER_HF_NAMESPACES={owner} in its environment, or publish later"
+        _refuse(pointer, f"no live worker of pool {pool} publishes as {owner}; {way_out}")
 
 
 def _check_exportable(spec: TrainSpec, pointer: str) -> None:

@@ -26,7 +26,7 @@ FORBIDDEN = {
 # what the API, the command line and the worker may read of the trainer: nothing that needs torch
 TORCH_FREE = ("api.app", "worker.agent", "worker.launch", "trainmaster.cli", "trainmaster.client", "gptcore.plan")
 
-MOST_LINES_OF_CODE = 8860  # without blank lines, comments, docstrings: someone must be able to read it all
+MOST_LINES_OF_CODE = 8880  # without blank lines, comments, docstrings: someone must be able to read it all
 MOST_LINES_OF_A_FILE = 450
 
 

@@ -171,6 +171,8 @@ def submit(
     """Send a job spec to the server."""
     client = Client(url)
     job = client.submit(_overridden(_read_spec(file), name, pool))
+    for warning in job["plan"]["warnings"] if job["plan"] else []:
+        errors.print(f"warning: {warning}", markup=False, style="yellow", soft_wrap=True)
     if not (as_json and watch):
         _show(job, as_json, _status)
     if watch:

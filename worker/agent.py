@@ -48,6 +48,7 @@ class Agent:
         self._node = Node(
             id=node, pool=settings.pool, slots=find_slots(settings, node), runs_root=runs_root_id(settings),
             versions={"python": platform.python_version(), **_versions("trainmaster", "torch", "transformers")},
+            publishes_as=list(settings.hf_namespaces if os.environ.get("HF_TOKEN") else ()),
         )  # fmt: skip
         self._workers: dict[str, psutil.Process] = {}
         self._started_at: dict[str, float] = {}

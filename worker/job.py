@@ -160,6 +160,7 @@ class Node(Record):
     slots: list[Slot]
     versions: dict[str, str] = {}
     runs_root: str = ""  # nodes that share their runs have the same
+    publishes_as: list[str] | None = None  # owners on the Hub; null where its agent does not say
     schedulable: bool = True
     lease_until: datetime | None = None
     live: bool = False  # the lease holds, by Redis's clock

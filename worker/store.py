@@ -308,14 +308,12 @@ class Store(Connected):
 
         A `device` other than "auto" is preferred, where the pool has it.
         """
-        slots = [slot.hardware for node in self.list_nodes() if node.live and node.pool == pool for slot in node.slots]
+        slots = [slot.hardware for node in self.live_nodes(pool) for slot in node.slots]
         slots = [hardware for hardware in slots if hardware.device == device] or slots
         return max(slots, key=lambda hardware: (hardware.device == "cuda", hardware.ranks), default=None)
 
-    def live_nodes(self, pool: str, ranks: int) -> int:
-        """How many live nodes of a pool have a slot of so many ranks."""
-        nodes = [node for node in self.list_nodes() if node.live and node.pool == pool]
-        return sum(any(slot.hardware.ranks >= ranks for slot in node.slots) for node in nodes)
+    def live_nodes(self, pool: str) -> list[Node]:
+        return [node for node in self.list_nodes() if node.live and node.pool == pool]
 
     def _now(self) -> float:
         seconds, microseconds = self._redis.time()

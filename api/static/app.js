@@ -301,6 +301,9 @@ class RunView {
       byId("run-steps"),
       job.total_steps ? `step ${count(job.step)} of ${count(job.total_steps)}` : `${Math.round(100 * job.progress)} %`,
     );
+    const warnings = ENDED.includes(job.status) ? [] : (job.plan?.warnings ?? []);
+    byId("run-warnings").hidden = !warnings.length;
+    fill(byId("run-warnings"), warnings.length ? `When it was submitted: ${warnings.join("; ")}` : "");
     byId("run-error").hidden = !job.error;
     fill(byId("error-message"), job.error ? `${job.error.reason}: ${job.error.message}` : "");
     fill(byId("error-log"), job.error?.log.join("\n") ?? "");

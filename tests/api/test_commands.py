@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from gptcore.events import Scored
-from tests.api.server import FakeRun, Server
+from tests.api.server import FakeRun, Server, train_spec
 from tests.trainmaster.conftest import run as command
 
 
@@ -38,6 +39,14 @@ def test_only_what_failed_or_was_cancelled_is_continued(server: Server, new_run:
     failed = new_run()
     failed.end("failed")
     assert "has no checkpoint yet" in command("continue", failed.id, "--url", server.url).stderr
+
+
+def test_what_a_plan_warns_of_is_said_when_a_job_is_submitted(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "spec.json").write_text(json.dumps(train_spec(evaluate={"every_steps": 4})))
+    done = command("submit", str(tmp_path / "spec.json"), "--url", server.url, "--json")
+    said = "pool default has no live worker; the job waits until one joins, and may not fit it"
+    assert (done.returncode, done.stderr) == (0, f"warning: {said}\n")
+    assert json.loads(done.stdout)["status"] == "queued"
 
 
 @pytest.mark.parametrize("job", ["../healthz", "job-0?x=1", "job-0#x"])

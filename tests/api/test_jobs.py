@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from tests.api.server import FakeRun, Server, node, train_spec
+from worker.place import runs_root_id
 from worker.settings import Settings
 from worker.store import Store
 
@@ -46,6 +47,18 @@ def test_without_a_worker_a_job_is_queued_with_a_warning(http: httpx2.Client, st
     assert "pool default has no live worker" in warnings()
     store.register_node(node(1))
     assert "worker" not in warnings()
+
+
+def test_workers_whose_runs_the_server_cannot_show_are_warned_of(
+    http: httpx2.Client, store: Store, settings: Settings
+) -> None:
+    def warnings() -> str:
+        return " ".join(http.post("/jobs/plan", json=train_spec()).json()["plan"]["warnings"])
+
+    store.register_node(node(1).model_copy(update={"runs_root": "elsewhere"}))
+    assert f"no worker of pool default has this server's {settings.home}" in warnings()
+    store.register_node(node(1, name="other").model_copy(update={"runs_root": runs_root_id(settings)}))
+    assert "this server's" not in warnings()
 
 
 BAD = {

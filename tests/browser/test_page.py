@@ -172,6 +172,15 @@ def test_a_run_without_a_step_yet_is_shown_and_begins(page: Page, server: Server
     wait_until(lambda: page.evaluate(DRAWN) > 200)
 
 
+def test_what_a_plan_warned_of_stands_with_a_run_until_it_ends(page: Page, server: Server) -> None:
+    job_id = server.http.post("/jobs", json=train_spec()).json()["id"]
+    page.goto(f"{server.url}/#{job_id}")
+    expect(page.locator("#run-warnings")).to_contain_text("pool default has no live worker; the job waits")
+    server.http.post(f"/jobs/{job_id}/cancel")
+    expect(page.locator("#run-status")).to_have_text("cancelled")
+    expect(page.locator("#run-warnings")).to_be_hidden()
+
+
 def test_a_run_is_cancelled_by_keyboard_after_a_question(
     page: Page, server: Server, run: FakeRun, store: Store
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from gptcore.prepare import prepare
 from gptcore.sources import text_files
-from tests.api.server import Server
+from tests.api.server import Server, node
 from tests.conftest import wait_until
 from tests.gptcore.hellaswag_items import write_items, write_task
 from tests.gptcore.test_publish import BREAK, Hub
@@ -131,6 +131,26 @@ def test_what_cannot_be_evaluated_or_published_is_refused_when_submitted(
     assert "no name the Hub accepts" in refused(server, {**about, "kind": "publish", "repo": "me/a--b"})["/repo"]
     assert "TRAINMASTER_HF_NAMESPACES" in refused(server, {**about, "kind": "publish", "repo": "you/a"})["/repo"]
     assert "jobs may publish as me" in refused(server, training(publish={"repo": "you/a"}))["/publish/repo"]
+    may_not = node(2).model_copy(update={"publishes_as": ["somebody"]})
+    store.register_node(may_not)
+    for pointer, body in (
+        ("/publish/repo", training(publish={"repo": "me/a"})),
+        ("/repo", {**about, "kind": "publish", "repo": "me/a"}),
+    ):
+        said = refused(server, body)[pointer]
+        assert said.startswith("no live worker of pool default publishes as me; start one with HF_TOKEN"), said
+    store.register_node(node(2, name="other").model_copy(update={"publishes_as": ["me"]}))
+    assert "no checkpoint" in refused(server, {**about, "kind": "publish", "repo": "me/a"})["/source"]
     strange = {**training()["model"], "norm_placement": "post"}
     assert "no stock" in refused(server, {**training(publish={"repo": "me/a"}), "model": strange})["/publish"]
     assert [job.id for job in store.list_jobs().data] == [job_id]
+
+
+@pytest.mark.parametrize(("token", "owners"), [("", []), ("hf_writes", ["me"])])
+def test_a_node_says_as_whom_it_publishes(
+    store: Store, settings: Settings, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch,
+    token: str, owners: list[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_TOKEN", token)
+    start_worker(replace(settings, hf_namespaces=("me",)))
+    assert wait_until(lambda: [node.publishes_as for node in store.list_nodes() if node.live]) == [owners]
