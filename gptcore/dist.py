@@ -64,7 +64,7 @@ def start(device: str, threads: int | None = None) -> Dist:
     else:
         place = torch.device("cpu")
         _keep_freed_memory()
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would load the compiler
         # every kernel here writes what it then reads
         deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if threads := threads or int(os.environ.get("OMP_NUM_THREADS") or 0):

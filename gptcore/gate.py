@@ -99,5 +99,5 @@ def _differing(ours: Tensor, theirs: Tensor) -> int:
 
 if __name__ == "__main__":
     folder, dataset_name, eval_tokens, out = sys.argv[1:]
-    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    torch.set_deterministic_debug_mode("default" if torch.cuda.is_available() else "error")
     save_file(look(score_folder(Path(folder), device()), dataset_name, int(eval_tokens)), out)

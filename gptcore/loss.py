@@ -25,12 +25,12 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, 
     and made again for the backward pass they would cost a tenth of GPT-2's multiplications.
     """
     settings = vocab_size, softcap, torch.is_grad_enabled(), torch.compiler.is_compiling()
-    return _in_graph(hidden, weight, targets, *settings)
+    return in_graph(hidden, weight, targets, *settings)
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _in_graph(*given: Any) -> Tensor:
-    """Dynamo does not follow gradients that are asked for inside; the rest of the compiler does."""
+def in_graph(*given: Any) -> Tensor:
+    """Dynamo does not follow gradients that are asked for inside, and is told so by `compile_loss`; the rest of the
+    compiler does."""
     loss: Tensor = _HeadLoss.apply(*given)
     return loss
 

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -73,9 +74,7 @@ def parameter_groups(model: GPT, optim: OptimSpec) -> tuple[list[dict[str, Any]]
 def build_optimizers(model: GPT, optim: OptimSpec, dist: Dist) -> Optimizers:
     """AdamW for all parameters, or AdamW and Muon, as the spec says."""
     adamw, muon = parameter_groups(model, optim)
-    built: Optimizers = [
-        torch.optim.AdamW(adamw, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
-    ]
+    built: Optimizers = [AdamW(adamw, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)]
     if muon:
         built.append(Muon(muon, lr=optim.muon_lr, momentum=optim.muon_momentum, beta2=optim.muon_beta2, dist=dist))
     return built
@@ -92,7 +91,18 @@ def update(optimizers: Optimizers, grad_scale: Tensor | None) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-class Muon(torch.optim.Optimizer):
+class Eager(torch.optim.Optimizer):
+    """torch's, whose methods load torch.compile's front end to hide themselves from it: a third of a run's start."""
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(Eager, torch.optim.AdamW):
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+class Muon(Eager):
     """Momentum, orthogonalised (Jordan et al. 2024), for the hidden matrices; with `beta2` each neuron's part of it
     is divided by the root of its mean square so far, and the whole is as large as before (NorMuon, Li et al. 2025).
 

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gptcore import device as devices
 from gptcore.checkpoint import list_checkpoints
+from gptcore.compiler import compile_loss
 from gptcore.data import Sequence, Windows
 from gptcore.dataset import Dataset, read_dataset
 from gptcore.dist import Dist, close, start
@@ -212,7 +213,7 @@ def _version() -> str:
 
 def wrap(model: GPT, compiled: bool, dist: Dist) -> tuple[Any, Any]:
     """The model's loss function, compiled where asked, and the same with gradients shared by ranks."""
-    forward: Any = torch.compile(model, dynamic=False) if compiled else model
+    forward: Any = compile_loss(model) if compiled else model
     if dist.world_size == 1:
         return forward, forward
     device_ids = [dist.local_rank] if dist.device.type == "cuda" else None

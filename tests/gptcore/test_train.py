@@ -61,6 +61,16 @@ def test_a_run_learns_evaluates_exports_and_says_so(train: Trainers) -> None:
     assert (done.run.path / done.of_type(Exported)[0].path / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_compiles_nothing_never_loads_the_compiler(train: Trainers, optimizer: str) -> None:
+    """Which takes as long as all else of a start."""
+    spec = tiny_spec(max_steps=2, optim={"name": optimizer, "lr": 0.003}, sample={"every_steps": 1, "max_tokens": 3})
+    done = train(spec, PYTHONPROFILEIMPORTTIME="1")
+    assert isinstance(list(done.run.events())[-1], Finished), done.output
+    loaded = {line.rpartition("|")[2].strip() for line in done.output.splitlines() if line.startswith("import time:")}
+    assert "torch" in loaded and not {"torch._dynamo", "torch._inductor"} & loaded
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_learns_with_muon(train: Trainers, family: str) -> None:
     model = {"preset": f"{family}-tiny", "block_size": 32, "n_layer": 2, "n_embd": 32, "n_head": 4}
