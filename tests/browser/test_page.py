@@ -307,6 +307,7 @@ def test_what_a_reader_selected_and_focused_stays(page: Page, server: Server, ru
     spec = parse_spec({"kind": "eval", "name": "scores", "source": run.id, "tasks": ["hellaswag"]})
     store.create_job(spec, None, parent_job_id=run.id)
     page.goto(f"{server.url}/#{run.id}")
+    expect(page.get_by_role("link", name="scores")).to_be_visible()  # it moves what stands below
     page.get_by_text("Spec", exact=True).click()
     page.locator("#spec").select_text()
     page.get_by_role("link", name="scores").focus()
