@@ -65,8 +65,8 @@ def planned(spec: AnySpec, settings: Settings, store: Store) -> Planned:
         if large < asked.nodes:
             warnings.append(f"pool {pool} has {large} live nodes of {asked.nodes}; the job waits until more join")
         if all(node.runs_root not in ("", runs_root_id(settings)) for node in nodes):
-            why = f"no worker of pool {pool} has this server's {settings.home}"
-            warnings.append(f"{why}: of the run it can show no curves, logs, checkpoints or files; share the folder")
+            why = f"no worker of pool {pool} shares this server's TRAINMASTER_HOME, {settings.home}"
+            warnings.append(f"{why}, so it will have no curves, logs, checkpoints or files of the run to show")
     numbers = numbers.model_copy(update={"warnings": [*numbers.warnings, *warnings], "estimate": guess})
     return Planned(spec=resolved, plan=numbers, children=children)
 

@@ -1,8 +1,9 @@
-"""torch.compile for the trainer. Nothing here loads it before something is compiled: that takes as long as all else of
-a start."""
+"""torch.compile for the trainer. Nothing loads it before something is compiled: two fifths of the start of a run that
+compiles nothing were that."""
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def compile_loss(model: Any, **options: Any) -> Any:
     from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
     torch.compiler.allow_in_graph(in_graph)
-    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # tells the compiler too
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(True)  # tells the compiler too
     cache, headers = Path(cache_dir()), Path(default_cache_dir(), "precompiled_headers")
     discard_torn(headers.glob("*"), headers / "locks")
     discard_torn((path for path in cache.glob("*/*") if path.parent.name != headers.name), cache / "locks")
@@ -30,17 +32,21 @@ def discard_torn(paths: Iterable[Path], locks: Path) -> None:
     """Remove what a kill, or the machine's end, left of the C++ compiler's work under the final name: torch, which
     only looks whether that is there, would use it at this and every later start."""
     for path in paths:
+        with suppress(FileNotFoundError, PermissionError):  # another rank was sooner, or it is another user's
+            if _is_torn(path):
+                _discard(path, locks)
+
+
+def _discard(path: Path, locks: Path) -> None:
+    key, _, _ = path.name.removesuffix(BUILDING).partition(".")
+    with exclusive(locks / f"{key}.lock"):  # torch's own, while it builds
         if _is_torn(path):
-            key, _, _ = path.name.removesuffix(BUILDING).partition(".")
-            with exclusive(locks / f"{key}.lock"):  # torch's own, while it builds
-                if _is_torn(path):
-                    for built in (*path.parent.glob(f"{key}*.so"), *path.parent.glob(f"{key}*.gch")):
-                        built.unlink()
-                    shutil.rmtree(path, ignore_errors=True)
+            for built in (*path.parent.glob(f"{key}*.so"), *path.parent.glob(f"{key}*.gch")):
+                built.unlink()
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_torn(path: Path) -> bool:
     """The folder of a build is removed after it; a file whose content never reached the disk is empty."""
-    if path.suffix in (".so", ".gch"):
-        return path.is_file() and not path.stat().st_size
-    return path.name.endswith(BUILDING) and path.is_dir()
+    is_empty = path.suffix in (".so", ".gch") and path.is_file() and not path.stat().st_size
+    return is_empty or (path.name.endswith(BUILDING) and path.is_dir())

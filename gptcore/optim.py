@@ -92,7 +92,7 @@ def update(optimizers: Optimizers, grad_scale: Tensor | None) -> None:
 
 
 class Eager(torch.optim.Optimizer):
-    """torch's, whose methods load torch.compile's front end to hide themselves from it: a third of a run's start."""
+    """torch's, whose methods load torch.compile's front end to hide themselves from it: see `gptcore.compiler`."""
 
     add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = unwrap(torch.optim.Optimizer.zero_grad)

@@ -56,7 +56,7 @@ def test_workers_whose_runs_the_server_cannot_show_are_warned_of(
         return " ".join(http.post("/jobs/plan", json=train_spec()).json()["plan"]["warnings"])
 
     store.register_node(node(1).model_copy(update={"runs_root": "elsewhere"}))
-    assert f"no worker of pool default has this server's {settings.home}" in warnings()
+    assert f"no worker of pool default shares this server's TRAINMASTER_HOME, {settings.home}" in warnings()
     store.register_node(node(1, name="other").model_copy(update={"runs_root": runs_root_id(settings)}))
     assert "this server's" not in warnings()
 

@@ -16,6 +16,10 @@ from gptcore.locks import exclusive
 COMPILED = """
 import torch
 from gptcore.compiler import compile_loss
+from gptcore.dist import start
+start("cpu")
+compile_loss(torch.sin)
+assert torch._inductor.config.deterministic
 print(float(compile_loss(lambda x: x.sin().sum())(torch.ones(1000))))
 """
 
@@ -53,6 +57,24 @@ def test_of_a_torn_build_only_its_source_stays(tmp_path: Path, file: str, folder
     discard_torn(list(tmp_path.iterdir()), tmp_path / "locks")
     left = {path.name for path in tmp_path.iterdir()} - {"locks"}
     assert left == {"other.main.so", file.replace("so", "cpp")} - {file}
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_what_another_rank_removed_first_or_another_user_left_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    (tmp_path / "locks").mkdir()
+    torn = [tmp_path / f"{name}.main.so" for name in ("first", "second")]
+    for path in torn:
+        path.touch()
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path: unlink(path) if path != torn[0] else _fail(error))
+    discard_torn(torn, tmp_path / "locks")
+    assert [path.exists() for path in torn] == [True, False]
+
+
+def _fail(error: type[OSError]) -> None:
+    raise error
 
 
 def test_a_build_under_way_is_waited_for(tmp_path: Path) -> None:

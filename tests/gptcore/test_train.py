@@ -63,7 +63,6 @@ def test_a_run_learns_evaluates_exports_and_says_so(train: Trainers) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_that_compiles_nothing_never_loads_the_compiler(train: Trainers, optimizer: str) -> None:
-    """Which takes as long as all else of a start."""
     spec = tiny_spec(max_steps=2, optim={"name": optimizer, "lr": 0.003}, sample={"every_steps": 1, "max_tokens": 3})
     done = train(spec, PYTHONPROFILEIMPORTTIME="1")
     assert isinstance(list(done.run.events())[-1], Finished), done.output
