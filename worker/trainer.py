@@ -18,6 +18,17 @@ MODULES = {
 }  # fmt: skip
 # the job system's, none of a trainer's business
 _PRIVATE = ("TRAINMASTER_REDIS_URL", "TRAINMASTER_API_KEY", "TRAINMASTER_TRAINER")
+# Set by a launcher that started the worker itself (torchrun, accelerate, mpirun, a Kubernetes training operator) and
+# read by torch, accelerate or transformers. In a job they would name a rank and a meeting point that are not the job's.
+_OUTER_LAUNCHER = frozenset({
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "NPROC", "GROUP_RANK", "GROUP_WORLD_SIZE",
+    "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCH_ELASTIC_WORKER_IDENTICAL",
+    "FORK_LAUNCHED", "MPI_LOCALRANKID", "MPI_LOCALNRANKS",
+})  # fmt: skip
+_OUTER_LAUNCHER_PREFIXES = (
+    "TORCHELASTIC_", "PET_", "ACCELERATE_", "FSDP_", "DEEPSPEED_", "MEGATRON_LM_", "PARALLELISM_CONFIG_",
+    "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_WORLD_", "SMDATAPARALLEL_",
+)  # fmt: skip
 
 
 def start(spec: AnySpec, settings: Settings, run_dir: Path, ticket: Ticket, meeting: str, log: Path) -> processes.Tree:
@@ -45,15 +56,20 @@ def command(spec: AnySpec, settings: Settings, run_dir: Path, ticket: Ticket, me
 
 
 def environment(spec: AnySpec, settings: Settings) -> dict[str, str]:
-    """This process's, with the slot's cores shared out as threads of the ranks."""
+    """Return the trainer's environment: this process's variables without the job system's own and those of an outer
+    launcher, and the slot's cores divided among the ranks as threads."""
     ranks = spec.resources.ranks_per_node if isinstance(spec, TrainSpec | EvalSpec) else 1
-    inherited = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
+    inherited = {name: value for name, value in os.environ.items() if _is_inherited(name)}
     cores = len(slot_cores())
     threads = max(1, min(cores, most_threads() or cores) // ranks)
     # threads that wait by spinning starve each other once anything else wants a core, and threads that sleep at once
     # wake too late for the next small product: libgomp's look a thousand times first (docs/decisions.md)
     patient = {} if "OMP_WAIT_POLICY" in inherited else {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
     return patient | inherited | {"TRAINMASTER_HOME": str(settings.home), "OMP_NUM_THREADS": str(threads)}
+
+
+def _is_inherited(name: str) -> bool:
+    return name not in _PRIVATE and name not in _OUTER_LAUNCHER and not name.startswith(_OUTER_LAUNCHER_PREFIXES)
 
 
 def slot_cores() -> list[int]:

@@ -22,6 +22,7 @@ from gptcore.sources import text_files
 from gptcore.spec import TrainSpec, parse_spec
 from tests.conftest import wait_until
 from tests.worker.conftest import Worker, living, train_spec
+from tests.worker.test_launch import OUTER_LAUNCHER
 from worker.job import Job
 from worker.settings import Settings
 from worker.store import Store
@@ -60,9 +61,11 @@ def trainer_process(job_id: str, name: str) -> psutil.Process:
     return next(p for p in living(job_id) if name in " ".join(p.cmdline()))
 
 
-def test_text_becomes_a_dataset_and_a_model_on_two_ranks(
-    store: Store, settings: Settings, start_worker: StartWorker
+def test_text_becomes_a_dataset_and_a_model_on_two_ranks_in_an_outer_launchers_environment(
+    store: Store, settings: Settings, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in OUTER_LAUNCHER.items():  # a rank 1 that would meet three others at a host that is not there
+        monkeypatch.setenv(name, value)
     start_worker(settings)
     sources = settings.datasets / "sources"
     sources.mkdir(parents=True)

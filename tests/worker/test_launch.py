@@ -105,6 +105,41 @@ def test_a_trainer_gets_neither_redis_nor_an_api_key(settings: Settings, monkeyp
     assert "secret" not in trainer.environment(parse_spec(train_spec()), settings).values()
 
 
+OUTER_LAUNCHER = {
+    "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "1",
+    "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "ROLE_RANK": "1", "ROLE_NAME": "default", "ROLE_WORLD_SIZE": "4",
+    "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "outer",
+    "TORCHELASTIC_ERROR_FILE": "/nowhere/error.json", "PET_NNODES": "2", "PET_RDZV_ENDPOINT": "10.255.255.1:29400",
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "PMI_RANK": "1", "PMIX_RANK": "1",
+    "MV2_COMM_WORLD_RANK": "1", "MPI_LOCALRANKID": "1", "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_DEEPSPEED": "true", "FSDP_VERSION": "2", "DEEPSPEED_USE_HPU": "1",
+    "PARALLELISM_CONFIG_TP_SIZE": "2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["train", "prepare", "eval", "publish"])
+def test_an_outer_launchers_environment_ends_at_the_trainer(
+    kind: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = {
+        "NCCL_SOCKET_IFNAME": "eth1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "CUDA_HOME": "/opt/cuda",
+        "LD_LIBRARY_PATH": "/opt/lib", "UCX_TLS": "tcp", "FI_PROVIDER": "efa", "GLOO_SOCKET_IFNAME": "eth1",
+        "HTTPS_PROXY": "http://proxy:3128", "HF_HOME": "/scratch/hf", "MKL_NUM_THREADS": "2", "SLURM_JOB_ID": "7",
+        "OMP_PROC_BIND": "true", "MASTER_PLAN": "the user's own",
+    }  # fmt: skip
+    for name, value in {**OUTER_LAUNCHER, **users}.items():
+        monkeypatch.setenv(name, value)
+    specs = {
+        "train": train_spec(),
+        "prepare": {"kind": "prepare", "name": "x", "dataset": "x", "source": {"format": "text", "path": "x.txt"}},
+        "eval": {"kind": "eval", "name": "x", "source": "job-1", "tasks": ["hellaswag"]},
+        "publish": {"kind": "publish", "name": "x", "source": "job-1", "repo": "me/x"},
+    }
+    found = trainer.environment(parse_spec(specs[kind]), settings)
+    assert not OUTER_LAUNCHER.keys() & found.keys()
+    assert found | users == found
+
+
 def test_a_trainers_threads_wait_as_the_workers_environment_says(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
