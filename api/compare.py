@@ -44,7 +44,9 @@ class Comparison(BaseModel):
 def compare(
     services: With,
     job: Annotated[list[str], Query(description="ids; two or more", min_length=1, max_length=MOST_JOBS)],
-    keys: Annotated[list[Key] | None, Query(description="by default the losses; may be repeated")] = None,
+    keys: Annotated[
+        list[Key] | None, Query(max_length=100, description="by default the losses; may be repeated")
+    ] = None,
     by: Axis = "step",
     max_points: Annotated[int, Query(ge=10, le=100_000, description="a curve")] = 1000,
 ) -> Comparison:

@@ -11,11 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gptcore.spec import Problem, SpecError, problems_of
+from gptcore.spec import Problem, SpecError, cut, problems_of
 from worker.connection import AWAY, TakesNoWrites
 from worker.store import BadCursor, IdempotencyConflict, JobNotFound, NodeNotFound, NotPossible
 
 MEDIA_TYPE = "application/problem+json"
+MOST_IN_DETAIL = 3  # problems; `errors` holds the others
+LONGEST_DETAIL = 4000  # characters: a path or a header that is named can be as long as a request's head
 
 
 class ProblemDetails(BaseModel):
@@ -37,7 +39,7 @@ class Refusal(Exception):
     def __init__(
         self, status: int, code: str, detail: str, errors: Sequence[Problem] = (), headers: dict[str, str] | None = None
     ):
-        title = HTTPStatus(status).phrase
+        title, detail = HTTPStatus(status).phrase, cut(detail, LONGEST_DETAIL)
         self.details = ProblemDetails(title=title, status=status, detail=detail, code=code, errors=list(errors))
         self.headers = headers
         super().__init__(detail)
@@ -48,8 +50,9 @@ class Refusal(Exception):
 
 
 def _invalid(code: str, problems: list[Problem]) -> Refusal:
-    detail = "; ".join(f"{problem.pointer or '/'}: {problem.message}" for problem in problems)
-    return Refusal(422, code, detail, problems)
+    detail = "; ".join(f"{problem.pointer or '/'}: {problem.message}" for problem in problems[:MOST_IN_DETAIL])
+    more = len(problems) - MOST_IN_DETAIL
+    return Refusal(422, code, f"{detail}; and {more} more in errors" if more > 0 else detail, problems)
 
 
 def _invalid_request(error: RequestValidationError, request: Request) -> Refusal:

@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
+from api.bodies import BoundedRoute
 from api.hub import Hub, read_history
 from api.monitoring import Monitor
 from api.planning import Planned
@@ -77,7 +78,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     422: {"model": ProblemDetails, "description": "The request cannot be done, and why"},
     "default": {"model": ProblemDetails, "description": "Any other error"},
 }
-router = APIRouter(responses=PROBLEMS)
+router = APIRouter(responses=PROBLEMS, route_class=BoundedRoute)
 
 
 class EventPage(BaseModel):
@@ -199,7 +200,9 @@ def metrics(
     request: Request,
     services: With,
     after: After,
-    keys: Annotated[list[Key | ResultKey] | None, Query(description="by default all; may be repeated")] = None,
+    keys: Annotated[
+        list[Key | ResultKey] | None, Query(max_length=100, description="by default all; may be repeated")
+    ] = None,
     from_step: Annotated[int | None, Query(ge=0)] = None,
     to_step: Annotated[int | None, Query(ge=0)] = None,
     max_points: Annotated[int | None, Query(ge=10, description="a curve; extremes and the last point stay")] = None,

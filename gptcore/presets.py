@@ -1,8 +1,13 @@
 """Model presets: four families at several sizes, as the explicit fields they expand into."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+LONGEST_SHOWN = 80  # characters of a value in a message
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = LONGEST_SHOWN
 
 FAMILIES: dict[str, dict[str, Any]] = {
     # Radford et al. 2019
@@ -85,16 +90,23 @@ def expand(given: Mapping[str, Any]) -> dict[str, Any]:
     if preset is None:
         return _fill_derived(dict(given))
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown; {closest(str(preset), PRESETS)}")
+        near = closest(preset if isinstance(preset, str) else "", PRESETS)
+        raise ValueError(f"preset {shown(preset)} is unknown; {near}")
     family, size = preset.split("-")
     # where a width that others follow from is none, theirs are the preset's: it alone is complained of
     return PRESETS[preset] | _preset(family, size, given)
 
 
+def shown(value: object) -> str:
+    """Return a value as a message shows it: at most LONGEST_SHOWN characters, without reading all of a large value."""
+    text = _REPR.repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """The end of a refusal: the nearest known words, or all when none is near."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(word[:LONGEST_SHOWN], known, n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"known: {', '.join(sorted(known))}"

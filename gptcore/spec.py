@@ -7,13 +7,13 @@ Numbers that follow from a spec are derived in `gptcore.plan`, never here.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from gptcore.presets import PRESETS, closest, expand
+from gptcore.presets import PRESETS, closest, expand, shown
 
 VOCAB_MULTIPLE = 128  # training pads the vocabulary to this; the export cuts it off again
 
@@ -27,6 +27,9 @@ SOURCE = rf"^(?!hf://)|^hf://({_PART}/)?{_PART}(@[A-Za-z0-9._/-]+)?$"
 REPO = rf"^(?!.*(--|\.\.|\.git$)){_PART}/{_PART}$"
 # levels of pydantic's own in the place of an error
 INNER = re.compile(r"(literal|function)\W|(constrained-)?(int|bool|str|float)$")
+MOST_PROBLEMS = 20  # reported of one spec
+MOST_EXAMINED = 200  # several of Pydantic's errors may be the same problem
+LONGEST_NAME, LONGEST_MESSAGE = 200, 1500  # characters; a list of all field names is about 1,200
 
 
 class Problem(BaseModel, frozen=True):
@@ -53,7 +56,7 @@ def _known_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
     for task in tasks:
         if not re.fullmatch(TASK, task):
             raise ValueError(
-                f"{task!r} is no task; use val_loss, hellaswag, or one of lm-evaluation-harness as lm_eval:NAME; "
+                f"{shown(task)} is no task; use val_loss, hellaswag, or one of lm-evaluation-harness as lm_eval:NAME; "
                 "@10 behind a name shows the model ten solved examples first"
             )
     return tasks
@@ -62,7 +65,7 @@ def _known_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
 def _hub_accepts(repo: str) -> str:
     if len(repo) > 96 or not re.fullmatch(REPO, repo):
         raise ValueError(
-            f"repo {repo!r} is no name the Hub accepts; use owner/name of letters, digits, '-', '_' and '.', "
+            f"repo {shown(repo)} is no name the Hub accepts; use owner/name of letters, digits, '-', '_' and '.', "
             "at most 96, without '--', '..' or '.git' at the end"
         )
     return repo
@@ -390,27 +393,35 @@ def read_spec(path: Path) -> AnySpec:
     return parse_spec(data)
 
 
-def problems_of(errors: list[Any], root: tuple[str, ...] = ()) -> list[Problem]:
-    """Pydantic's errors as problems: JSON pointer, the value, what would be right.
+def problems_of(errors: Sequence[Any], root: tuple[str, ...] = ()) -> list[Problem]:
+    """Return Pydantic's errors as problems: JSON pointer, the value, what would be right.
 
-    `root` is the prefix a framework puts before the location ("body" in FastAPI).
+    `root` is the prefix a framework puts before the location ("body" in FastAPI). At most MOST_PROBLEMS are
+    returned, so that neither the work nor the answer grows with a spec; the last one then counts the others.
     """
-    problems = []
-    for error in errors:
-        path = list(error["loc"])
-        if tuple(path[: len(root)]) == root:
-            path = path[len(root) :]
-        if path and path[0] in KINDS:  # the discriminator's own level is not in the document
-            path = path[1:]
-        path = [p for p in path if not (isinstance(p, str) and INNER.match(p))]
-        if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            path.append("kind")
-        if error["type"] == "value_error":  # a check of several fields says first which one to change
-            first = str(error["ctx"]["error"]).split(" ")[0]
-            path = path if path and path[-1] == first else [*path, *([first] if first in _all_fields() else [])]
-        pointer = "".join("/" + str(p).replace("~", "~0").replace("/", "~1") for p in path)
-        problems.append(Problem(pointer=pointer, message=_say(error, path)))
-    return list(dict.fromkeys(problems))
+    problems: dict[Problem, None] = {}
+    for examined, error in enumerate(errors[:MOST_EXAMINED]):
+        if len(problems) == MOST_PROBLEMS - 1 and (left := len(errors) - examined) > 1:
+            problems[Problem(pointer="", message=f"{left:,} more problems are not listed; correct these first")] = None
+            break
+        problems[_problem(error, root)] = None
+    return list(problems)
+
+
+def _problem(error: Any, root: tuple[str, ...]) -> Problem:
+    path = list(error["loc"])
+    if tuple(path[: len(root)]) == root:
+        path = path[len(root) :]
+    if path and path[0] in KINDS:  # the discriminator's own level is not in the document
+        path = path[1:]
+    path = [cut(str(p), LONGEST_NAME) for p in path if not (isinstance(p, str) and INNER.match(p))]
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        path.append("kind")
+    if error["type"] == "value_error":  # a check of several fields says first which one to change
+        first = str(error["ctx"]["error"]).split(" ", 1)[0]
+        path = path if path and path[-1] == first else [*path, *([first] if first in _all_fields() else [])]
+    pointer = "".join("/" + str(p).replace("~", "~0").replace("/", "~1") for p in path)
+    return Problem(pointer=cut(pointer, LONGEST_MESSAGE), message=cut(_say(error, path), LONGEST_MESSAGE))
 
 
 def _say(error: Any, path: list[Any]) -> str:
@@ -423,16 +434,16 @@ def _say(error: Any, path: list[Any]) -> str:
         case "union_tag_not_found":
             return f"kind is missing; use one of {', '.join(KINDS)}"
         case "union_tag_invalid":
-            return f"kind {error['ctx']['tag']!r} is unknown; use one of {', '.join(KINDS)}"
+            return f"kind {shown(error['ctx']['tag'])} is unknown; use one of {', '.join(KINDS)}"
         case "value_error":
             return str(error["ctx"]["error"])
         case _:
-            return f"{field} {_short(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+            return f"{field} {shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def cut(text: str, longest: int) -> str:
+    """Return the text with at most `longest` characters."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def _all_fields() -> list[str]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice, product
+from string import ascii_letters
 from typing import Any
 
 import httpx2
@@ -71,7 +74,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
         "invalid_spec",
     ),
     "deep JSON": (
-        {"method": "POST", "url": "/jobs", "content": "[" * 100_000, "headers": JSON},
+        {"method": "POST", "url": "/jobs", "content": "[" * 1_900, "headers": JSON},
         400,
         "invalid_json",
     ),
@@ -130,7 +133,7 @@ def test_a_body_that_is_no_spec_is_refused_by_its_field(http: httpx2.Client) -> 
 def test_what_the_reader_of_json_gives_up_at_is_said(http: httpx2.Client) -> None:
     said = {
         b'"\xff"': "can't decode byte 0xff",
-        b"[" * 100_000: "recursion depth",
+        b"[" * 1_900: "recursion depth",
         b"9" * 5000: "has 5000 digits",
     }
     for body, why in said.items():
@@ -144,6 +147,58 @@ def test_a_deep_spec_is_refused_at_any_depth(http: httpx2.Client, depth: int) ->
     answer = http.post("/jobs", content=body, headers=JSON)
     assert answer.status_code in (400, 422), answer.text
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+MANY_KEYS = ["".join(three) for three in islice(product(ascii_letters, repeat=3), 116_000)]
+OVERSIZED: dict[str, dict[str, Any]] = {
+    "116,000 unknown keys": {"content": f"{{{','.join(f'{json.dumps(key)}:0' for key in MANY_KEYS)}}}"},
+    "350,000 lists": {"content": "[" + "[]," * 340_000 + "[]]"},
+    "1,900 unknown keys": {"json": train_spec(**{f"key{n}": 0 for n in range(1_900)})},
+    "1,900 labels": {"json": train_spec(labels={f"/{n}": 0 for n in range(1_900)})},
+    "1,900 changes": {"json": {"from": "job-0", "overrides": {}} | {f"key{n}": 0 for n in range(1_900)}},
+    "1,900 tasks": {"json": {"kind": "eval", "name": "e", "source": "job-0", "tasks": ["x"] * 1_900}},
+    "a long kind": {"json": train_spec(kind="x" * 1_000_000)},
+    "a long name": {"json": train_spec(name="x" * 1_000_000)},
+    "a long preset": {"json": train_spec(model={"preset": "x" * 1_000_000})},
+    "a long key": {"json": train_spec(**{"x" * 1_000_000: 0})},
+    "a long task": {"json": {"kind": "eval", "name": "e", "source": "job-0", "tasks": ["x" * 1_000_000]}},
+    "quotes without an end": {"content": '"' + '\\"' * 500_000},
+    "5,500 keys of a query": {"method": "GET", "url": "/jobs/x/metrics?" + "&".join(f"keys={n}" for n in range(5_500))},
+    "a long path": {"method": "GET", "url": "/jobs/" + "x" * 60_000},
+}
+
+
+@pytest.mark.parametrize("request_", OVERSIZED.values(), ids=OVERSIZED)
+def test_an_oversized_request_is_refused_at_once_in_few_words(http: httpx2.Client, request_: dict[str, Any]) -> None:
+    http.get("/healthz")  # the connection is there
+    began = time.process_time()  # of client and server
+    answer = http.request(**({"method": "POST", "url": "/jobs", "headers": JSON} | request_))
+    assert time.process_time() - began < 0.5
+    assert answer.status_code in (400, 404, 422) and len(answer.content) < 50_000, len(answer.content)
+    assert len(answer.json()["errors"]) <= 20
+    assert len(answer.json()["detail"]) <= 5_000
+
+
+def test_an_oversized_spec_holds_up_nobody_else(http: httpx2.Client, server: Server) -> None:
+    body = OVERSIZED["116,000 unknown keys"]["content"]
+    with ThreadPoolExecutor() as pool, httpx2.Client(base_url=server.url, trust_env=False) as other:
+
+        def slowest() -> float:
+            answer = pool.submit(http.post, "/jobs", content=body, headers=JSON)
+            seconds = _seconds(other, "/healthz")
+            while not answer.done():
+                seconds = max(seconds, _seconds(other, "/healthz"))
+            assert answer.result().status_code == 422
+            return seconds
+
+        slowest()  # connections are made
+        assert min(slowest() for _ in range(5)) < 0.05  # tests beside this one may hold it up now and then
+
+
+def _seconds(http: httpx2.Client, path: str) -> float:
+    began = time.monotonic()
+    assert http.get(path).status_code == 200
+    return time.monotonic() - began
 
 
 FOREIGN = [

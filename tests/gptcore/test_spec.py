@@ -70,6 +70,16 @@ def test_every_problem_is_named_at_once() -> None:
     assert "'sgd'" in found["/optim/name"]
 
 
+def test_of_many_problems_the_first_are_named_and_the_others_counted() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(MINIMAL | {f"max_step{n}": 0 for n in range(50_000)})
+    problems = caught.value.problems
+    assert len(problems) == 20 and "did you mean max_steps" in problems[0].message
+    assert problems[-1].message == "49,981 more problems are not listed; correct these first"
+    assert len(str(caught.value)) < 5_000
+    assert len(refused(MINIMAL | {f"max_step{n}": 0 for n in range(20)})) == 20
+
+
 @pytest.mark.parametrize(
     ("change", "pointer"),
     [
