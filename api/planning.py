@@ -1,15 +1,27 @@
 """What a submitted spec comes to on the hardware there is, or why it cannot run."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, Field
 
 from api.estimate import estimate
+from gptcore.init_check import CONFIG_BYTES, fetch_from_hub, refuse_another_config
 from gptcore.native import native_class
 from gptcore.plan import Hardware, Plan, plan, refuse_another_run, resolve
 from gptcore.rundir import RunDir
-from gptcore.spec import AnySpec, EvalSpec, InitSpec, PrepareSpec, PublishSpec, TrainSpec, children_of, refusal
+from gptcore.spec import (
+    HUB_PREFIX,
+    AnySpec,
+    EvalSpec,
+    InitSpec,
+    PrepareSpec,
+    PublishSpec,
+    TrainSpec,
+    children_of,
+    refusal,
+)
 from worker.place import runs_root_id
 from worker.settings import Settings
 from worker.store import JobNotFound, Store
@@ -90,15 +102,29 @@ def _check_subject(spec: EvalSpec | PublishSpec, settings: Settings, store: Stor
 
 
 def _check_init(spec: TrainSpec, init: InitSpec, settings: Settings) -> None:
-    """Refuse first weights that are not there or are of another shape; the Hub's are looked at by the trainer."""
-    run, pointer = None, "/init_from/source"
-    if not init.source.startswith("hf://"):
-        run = _run_with_weights(init.source, pointer, settings, exported_too=True)
-    if run is not None and not (run.path / "config.json").exists():
-        newest, step, _ = run.complete_checkpoints()[-1]
-        refuse_another_run(spec, init, json.loads((newest / "state.json").read_text())["spec"], step)
-    elif init.optimizer:
-        _refuse(pointer, f"{init.source} is a Hub folder, which has no optimiser state; leave optimizer out")
+    """Refuse first weights that are not there or do not fit. A Hub that does not answer soon is left to the trainer."""
+    source, pointer = init.source, "/init_from/source"
+    if source.startswith(HUB_PREFIX):
+        read = partial(fetch_from_hub, source)
+    else:
+        run = _run_with_weights(source, pointer, settings, exported_too=True)
+        if not (run.path / "config.json").exists():
+            newest, step, _ = run.complete_checkpoints()[-1]
+            refuse_another_run(spec, init, json.loads((newest / "state.json").read_text())["spec"], step)
+            return
+        read = partial(_read_inside, run.path, settings)
+    if init.optimizer:
+        _refuse(pointer, f"{source} is a Hub folder, which has no optimiser state; leave optimizer out")
+    if (config := read("config.json", CONFIG_BYTES)) is not None:
+        refuse_another_config(source, spec.model, config)
+
+
+def _read_inside(folder: Path, settings: Settings, name: str, limit: int) -> bytes | None:
+    """A file of a folder in the runs root; None if it is not there, is larger than `limit` or lies elsewhere."""
+    path = folder / name
+    if not is_inside(path, settings.runs) or not path.is_file() or path.stat().st_size > limit:
+        return None
+    return path.read_bytes()
 
 
 def _run_with_weights(source: str, pointer: str, settings: Settings, exported_too: bool) -> RunDir:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from gptcore.dataset import VOCAB_SIZES, tokenizer_of
 from gptcore.native import native_class
+from gptcore.presets import shown
 from gptcore.spec import InitSpec, ModelSpec, Problem, SpecError, TrainSpec, refusal
 
 # dense bf16 peaks in FLOP/s, from the makers' data sheets; the first name found in the device's wins
@@ -98,18 +99,36 @@ def resolve(spec: TrainSpec, datasets: Path) -> TrainSpec:
 
 
 def refuse_another_shape(
-    source: str, model: ModelSpec, theirs: Mapping[str, Any], pointer: str = "/init_from/source"
-) -> None:
-    """Raises SpecError naming every field in which the model that stands in `source` differs from ours."""
+    source: str, model: ModelSpec, theirs: Mapping[str, Any], pointer: str = "/init_from/source",
+    *, may_shorten: bool = False,
+) -> None:  # fmt: skip
+    """Raise SpecError with every field in which the model in `source` differs from ours.
+
+    may_shorten: a model without learned positions may train at a shorter block_size than its context.
+    """
     ours, shape = model.model_dump(), theirs.keys() - {"preset", "init"}
-    differing = [f"{k} is {theirs[k]!r} there, {ours.get(k)!r} here" for k in sorted(shape) if theirs[k] != ours.get(k)]
+    differing = {field: theirs[field] for field in sorted(shape) if theirs[field] != ours.get(field)}
+    context = differing.get("block_size")
+    if may_shorten and model.position != "learned" and isinstance(context, int) and model.block_size < context:
+        del differing["block_size"]
     if differing:
-        raise refusal(pointer, f"{source} is a model of another shape: {'; '.join(differing)}; set them as there")
+        listed = "; ".join(f"{field} is {shown(value)} there, {ours.get(field)!r} here"
+                           for field, value in differing.items())  # fmt: skip
+        why = f" ({_why_this_context(model, may_shorten)})" if "block_size" in differing else ""
+        raise refusal(pointer, f"{source} is a model of another shape: {listed}; set them as there{why}")
+
+
+def _why_this_context(model: ModelSpec, may_shorten: bool) -> str:
+    if model.position == "learned":
+        return "a learned position table has one row per position, so block_size cannot change"
+    if may_shorten:
+        return "block_size may be shorter than there, not longer"
+    return "a run that resumes counts its data in windows of block_size, so it cannot change"
 
 
 def refuse_another_run(spec: TrainSpec, init: InitSpec, theirs: Mapping[str, Any], step: int) -> None:
-    """Raises SpecError where a run's checkpoint of `step` cannot be what `init` asks for; `theirs`: that run's spec."""
-    refuse_another_shape(init.source, spec.model, theirs["model"])
+    """Raise SpecError if a run's checkpoint of `step` cannot be what `init` asks for; `theirs`: that run's spec."""
+    refuse_another_shape(init.source, spec.model, theirs["model"], may_shorten=not init.optimizer)
     if init.optimizer and (name := theirs["optim"]["name"]) != spec.optim.name:
         why = f"name {spec.optim.name!r} has no use for the optimiser state of {init.source}, which is {name}'s"
         raise refusal("/optim/name", f"{why}; set {name}, or leave init_from.optimizer out")

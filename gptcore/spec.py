@@ -23,6 +23,7 @@ LabelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$")]
 # shown in the JSON schema, but checked here: our messages name the way out, and pydantic's regex looks not ahead
 TASK = r"^(val_loss|hellaswag(@\d{1,2})?|lm_eval:[\w.,/-]{1,200}(@\d{1,3})?)$"
 _PART = "[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+HUB_PREFIX = "hf://"
 SOURCE = rf"^(?!hf://)|^hf://({_PART}/)?{_PART}(@[A-Za-z0-9._/-]+)?$"
 REPO = rf"^(?!.*(--|\.\.|\.git$)){_PART}/{_PART}$"
 # levels of pydantic's own in the place of an error

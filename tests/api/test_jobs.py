@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import ThreadingHTTPServer
+from threading import Thread
 from typing import Any
 
 import httpx2
 import pytest
 
+from gptcore.native import native_config
+from gptcore.spec import ModelSpec
 from tests.api.server import FakeRun, Server, node, train_spec
+from tests.gptcore.hub_server import Handler
 from worker.place import runs_root_id
 from worker.settings import Settings
 from worker.store import Store
@@ -173,6 +180,63 @@ def test_first_weights_are_looked_at_before_a_job_is_queued(http: httpx2.Client,
     assert http.post("/jobs", json=spec).status_code == 201
     (error,) = http.post("/jobs", json=spec | {"model": spec["model"] | {"n_layer": 3}}).json()["errors"]
     assert "n_layer is 4 there, 3 here" in error["message"]
+
+
+class FakeHub(Handler):
+    """Gives the files in `files`, as the Hub does, through a redirect on its own host."""
+
+    files: dict[str, bytes]
+
+    def do_GET(self) -> None:
+        if "/resolve/" in self.path:
+            self.send_bytes(b"", 307, {"Location": self.path.replace("/resolve/", "/cached/")})
+        elif (name := self.path.rpartition("/")[2]) in self.files:
+            self.send_bytes(self.files[name], 200, {})
+        else:
+            self.send_json({"error": "Entry not found"}, 404)
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+    files: dict[str, bytes] = {}
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (FakeHub,), {"files": files}))
+    Thread(target=hub.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+    yield files
+    hub.shutdown()
+    hub.server_close()
+
+
+def test_a_config_is_compared_before_a_job_is_queued_wherever_it_lies(
+    http: httpx2.Client, settings: Settings, fake_hub: dict[str, bytes]
+) -> None:
+    model = http.post("/jobs/plan", json=train_spec()).json()["spec"]["model"]
+    config = json.dumps(native_config(ModelSpec.model_validate(model), "bytes")).encode()
+    folder = settings.runs / "theirs"
+    folder.mkdir(parents=True)
+    shorter = train_spec(model=model | {"block_size": model["block_size"] // 2})
+    for source in ("theirs", "hf://someone/gpt@main"):
+        for content, changes, said in (
+            (config, {"model": model | {"n_layer": 3}}, "n_layer is 4 there, 3 here"),
+            (b"[1]", {}, "is not a JSON object"),
+            (config, shorter, ""),
+        ):
+            (folder / "config.json").write_bytes(content)
+            fake_hub["config.json"] = content
+            answer = http.post("/jobs/plan", json=train_spec(**changes) | {"init_from": {"source": source}})
+            assert answer.status_code == (422 if said else 200), answer.json()
+            assert said in str(answer.json().get("errors")), source
+
+
+def test_a_hub_that_never_answers_delays_a_submission_by_seconds(
+    http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptcore.init_check.HUB_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        began = time.monotonic()
+        assert http.post("/jobs/plan", json=train_spec(init_from={"source": "hf://a/b"})).status_code == 200
+        assert time.monotonic() - began < 5
 
 
 def test_who_resumes_a_job_that_ended_is_told_how_to_go_on_from_its_checkpoint(

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptcore.checkpoint import list_checkpoints
 from gptcore.events import Evaluated, Failed, Finished, Notice, Step
-from gptcore.export import native_weights
+from gptcore.export import export_model, native_weights
 from gptcore.model import GPT
 from gptcore.native import native_config
 from gptcore.origin import load_origin
@@ -77,7 +77,12 @@ def test_a_model_of_another_shape_is_refused_with_every_difference(tmp_path: Pat
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "its scale_attn_by_inverse_layer_idx is True"),
         ("qwen3", {"use_sliding_window": True}, "its use_sliding_window is True"),
         ("qwen3", {"attention_bias": True}, "its attention_bias is True, with which no Qwen3ForCausalLM"),
-        ("llama", {"architectures": None}, "its class is not said"),
+        ("llama", {"architectures": None}, "its class is 'not given'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "its quantization_config is {'bits': 4}"),
+        ("llama", {"architectures": {"0": "LlamaForCausalLM"}}, "its class is 'not given'"),
+        ("llama", {"rope_parameters": [1]}, "its rotation is [1], not an object"),
+        ("llama", {"num_attention_heads": 0}, "its num_attention_heads is 0; wanted a whole number above 0"),
+        ("llama", {"hidden_size": "x" * 1000}, "its hidden_size is 'xxx"),
     ],
 )
 def test_weights_of_another_function_are_refused(tmp_path: Path, family: str, says: dict[str, Any], said: str) -> None:
@@ -98,6 +103,31 @@ def test_what_a_config_leaves_out_is_what_its_class_takes_for_it(tmp_path: Path)
     ours.load_state_dict(load_origin(of_model(spec), InitSpec(source="theirs"), tmp_path).weights, strict=False)
     tokens = torch.randint(0, 256, (2, 64))
     assert (ours.logits(tokens) - native(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "nanochat"])
+def test_a_rope_model_may_train_at_a_shorter_context_and_exports_it(tmp_path: Path, family: str) -> None:
+    native = saved_by_transformers(tiny_model(family, vocab_size=256, block_size=64), tmp_path / "theirs")
+    spec = tiny_model(family, vocab_size=256, block_size=16)
+    origin = load_origin(of_model(spec), InitSpec(source="theirs"), tmp_path)
+    export_model(tmp_path / "export", spec, origin.weights, "bytes")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    assert exported.config.max_position_embeddings == 16
+    tokens = torch.randint(0, 256, (2, 16))
+    with torch.no_grad():
+        assert torch.equal(exported(tokens).logits, native(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "block_size", "said"),
+    [("gpt2", 16, "a learned position table has one row per position"), ("llama", 128, "may be shorter than there")],
+)
+def test_another_context_that_no_weights_allow_is_explained(
+    tmp_path: Path, family: str, block_size: int, said: str
+) -> None:
+    saved_by_transformers(tiny_model(family, vocab_size=256), tmp_path / "theirs")
+    message = refused(InitSpec(source="theirs"), tiny_model(family, vocab_size=256, block_size=block_size), tmp_path)
+    assert f"block_size is 64 there, {block_size} here" in message and said in message
 
 
 @pytest.mark.parametrize("source", ["nowhere", "../../etc", "empty"])
