@@ -9,6 +9,14 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
+def python_module(module: str, *arguments: str) -> list[str]:
+    """Return the command that runs one of our modules.
+
+    Without -P, Python would import a file `worker.py` or `api.py` of the working directory in place of our package.
+    """
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
 def die_with_parent(signum: int = signal.SIGTERM, parent_pid: int | None = None) -> None:
     """Have the kernel send this process `signum` when its parent dies. Linux; elsewhere nothing.
 

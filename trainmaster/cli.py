@@ -15,6 +15,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from gptcore.procs import python_module
 from gptcore.spec import DataSpec, SpecError
 from trainmaster.client import Client, TrainmasterError
 from trainmaster.mistake import Mistake
@@ -86,7 +87,7 @@ def worker() -> None:
         from trainmaster.redis_server import await_given
 
         await_given(Settings.from_environment().redis_url)  # a bad setting, or no Redis, is named here, in words
-        os.execv(sys.executable, [sys.executable, "-m", "worker.agent"])
+        os.execv(sys.executable, python_module("worker.agent"))
     _run_stack(api=False, logs=False)
 
 
@@ -155,7 +156,7 @@ def plan(file: SpecFile, pool: Pool = None, url: PlanUrl = None, as_json: AsJson
     """Show what a spec comes to, or why it cannot run. Without --url it is planned right here, for the device that
     the spec names; a server plans for the workers it has, and adds time and cost."""
     spec = _overridden(_read_spec(file), None, pool)
-    planned = Client(url).plan(spec) if url else _plan_here(spec)
+    planned = _client(url).plan(spec) if url else _plan_here(spec)
     _show(planned, as_json, plan_table)
 
 
@@ -169,7 +170,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Send a job spec to the server."""
-    client = Client(url)
+    client = _client(url)
     job = client.submit(_overridden(_read_spec(file), name, pool))
     for warning in job["plan"]["warnings"] if job["plan"] else []:
         errors.print(f"warning: {warning}", markup=False, style="yellow", soft_wrap=True)
@@ -245,39 +246,39 @@ def list_jobs(
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""
-    _show(Client(url).jobs(status=status, kind=kind, label=label, limit=limit), as_json, jobs_table)
+    _show(_client(url).jobs(status=status, kind=kind, label=label, limit=limit), as_json, jobs_table)
 
 
 @app.command()
 def show(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Show a job."""
-    _show(Client(url).job(job), as_json, job_table)
+    _show(_client(url).job(job), as_json, job_table)
 
 
 @app.command()
 def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Follow a job, and what follows it, to the end. Exit code 0 when all succeeded. --json prints the job's own
     events, one a line."""
-    raise typer.Exit(_watch(Client(url), job, as_json))
+    raise typer.Exit(_watch(_client(url), job, as_json))
 
 
 @app.command()
 def logs(job: JobId, url: Url = None) -> None:
     """Print what a job's trainer prints, from the last MiB on, to the job's end."""
-    for text in Client(url).log(job):
+    for text in _client(url).log(job):
         typer.echo(text)
 
 
 @app.command()
 def workers(url: Url = None, as_json: AsJson = False) -> None:
     """List nodes, their slots and who has them."""
-    _show(Client(url).workers(), as_json, workers_table)
+    _show(_client(url).workers(), as_json, workers_table)
 
 
 @app.command()
 def delete(job: JobId, url: Url = None) -> None:
     """Delete a job that has ended, with its checkpoints and everything else in its run directory."""
-    Client(url).delete(job)
+    _client(url).delete(job)
     console.print(f"{job} deleted")
 
 
@@ -287,30 +288,36 @@ app.command("sample")(sample)
 @app.command()
 def cancel(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Ask for a job's end; a running one writes a checkpoint first."""
-    _show(Client(url).cancel(job), as_json, _status)
+    _show(_client(url).cancel(job), as_json, _status)
 
 
 @app.command()
 def pause(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Have a job write a checkpoint and wait for `resume`."""
-    _show(Client(url).pause(job), as_json, _status)
+    _show(_client(url).pause(job), as_json, _status)
 
 
 @app.command()
 def resume(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Queue a paused job again; it goes on exactly where it was."""
-    _show(Client(url).resume(job), as_json, _status)
+    _show(_client(url).resume(job), as_json, _status)
 
 
 @app.command("continue")
 def continue_job(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
     """Go on from the last checkpoint of a run that failed or was cancelled, as a new job."""
-    client, overrides = Client(url), {"init_from": {"source": job, "optimizer": True}}
+    client, overrides = _client(url), {"init_from": {"source": job, "optimizer": True}}
     if (status := client.job(job)["status"]) not in ("failed", "cancelled"):
         more = json.dumps({"from": job, "overrides": {"max_steps": "N", **overrides}})
         way_out = f"for N steps submit {more}" if status == "succeeded" else "pause and resume it, or cancel it first"
         raise Mistake(f"{job} is {status}; {way_out}")
     _show(client.submit({"from": job, "overrides": overrides}), as_json, _status)
+
+
+def _client(url: str | None) -> Client:
+    """Return a client of `url`. Raises BadSetting: a misspelled variable would otherwise be passed over."""
+    Settings.from_environment()
+    return Client(url)
 
 
 def _show(answer: Any, as_json: bool, readable: Callable[[Any], Any]) -> None:

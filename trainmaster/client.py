@@ -8,11 +8,13 @@
         ...
 
 What goes in and comes out is JSON as the server speaks it. Every call is safe to send twice, so a
-lost connection or a server that restarts is tried again before it becomes an error.
+lost connection or a server that restarts is tried again before it becomes an error. This module imports
+none of the server's packages: a file `worker.py` beside a user's script would be imported in their place.
 """
 
 import ipaddress
 import json
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,9 +23,8 @@ from urllib.parse import quote
 
 import httpx2
 
-from worker.settings import Settings
-
 Json = dict[str, Any]
+LOCAL_URL = "http://127.0.0.1:8000"  # of `trainmaster up`
 CALL_SECONDS = 3.0  # how long a server may be away within a call
 STREAM_SECONDS = 60.0  # and within a stream: it may be restarting
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
@@ -54,9 +55,8 @@ class Client:
     """
 
     def __init__(self, url: str | None = None, api_key: str | None = None):
-        settings = Settings.from_environment()
-        self.url = (url or settings.url).rstrip("/")
-        key = api_key or settings.api_key
+        self.url = (url or os.environ.get("TRAINMASTER_URL", "").strip() or LOCAL_URL).rstrip("/")
+        key = api_key or os.environ.get("TRAINMASTER_API_KEY", "").strip()
         try:
             self._http = httpx2.Client(
                 base_url=self.url,

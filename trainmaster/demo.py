@@ -5,7 +5,6 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from gptcore.procs import die_with_parent
+from gptcore.procs import die_with_parent, python_module
 from gptcore.rundir import RunDir
 from trainmaster.client import Client, TrainmasterError
 from trainmaster.stack import Stack, interruptible
@@ -113,7 +112,7 @@ def _result(client: Client, job: dict[str, Any], settings: Settings, began: floa
 def _load_and_sample(export: Path) -> tuple[str | None, str]:
     """A sample by stock transformers in a process of its own, or why there is none."""
     parent = os.getpid()
-    command = [sys.executable, "-m", "trainmaster.cli", "sample", str(export), "--prompt=def ", "--json"]
+    command = python_module("trainmaster.cli", "sample", str(export), "--prompt=def ", "--json")
     done = subprocess.run(
         command, capture_output=True, text=True, start_new_session=True,
         preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent),

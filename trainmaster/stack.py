@@ -14,7 +14,7 @@ import httpx2
 import psutil
 
 from gptcore.locks import is_held
-from gptcore.procs import adopt_orphans
+from gptcore.procs import adopt_orphans, python_module
 from trainmaster.part import Part, PartFailed
 from trainmaster.redis_server import RedisServer, answers
 from trainmaster.serve import listen
@@ -147,13 +147,13 @@ class Stack:
             name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # by which this machine reaches it
             self.url = f"http://{f'[{name}]' if ':' in name else name}:{self._listener.getsockname()[1]}"
         served = self._listener.fileno()
-        self._start("api", [sys.executable, "-m", "trainmaster.serve", str(served)], pass_fds=[served])
+        self._start("api", python_module("trainmaster.serve", str(served)), pass_fds=[served])
 
     def _take_worker(self) -> None:
         """Start the home's worker unless we run it, or another stack or `trainmaster worker` does."""
         if not self._wanted_worker or self._runs("worker") or is_held(agent_lock(self._settings)):
             return
-        command, patience = [sys.executable, "-m", "worker.agent"], self._settings.grace_seconds + STOP_MARGIN_SECONDS
+        command, patience = python_module("worker.agent"), self._settings.grace_seconds + STOP_MARGIN_SECONDS
         # on its death signal its jobs write checkpoints
         self._start("worker", command, death_signal=signal.SIGTERM, stop_seconds=patience)
 

@@ -9,7 +9,6 @@ import logging
 import os
 import platform
 import signal
-import sys
 import time
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ from types import FrameType
 import psutil
 
 from gptcore.locks import is_held, take
+from gptcore.procs import python_module
 from worker import tasks
 from worker.connection import AWAY, connect
 from worker.doorbell import Doorbell
@@ -169,7 +169,7 @@ class Agent:
         return []
 
     def _start_worker(self, slot: Slot) -> psutil.Popen:
-        command = [sys.executable, "-m", "worker.tasks", slot.model_dump_json()]
+        command = python_module("worker.tasks", slot.model_dump_json())
         environment = {**os.environ, **self._settings.to_environment()}
         # in a session of its own: Ctrl-C is for the agent, which then drains in order
         return psutil.Popen(command, env=environment, start_new_session=True)

@@ -65,7 +65,9 @@ def environment(spec: AnySpec, settings: Settings) -> dict[str, str]:
     # threads that wait by spinning starve each other once anything else wants a core, and threads that sleep at once
     # wake too late for the next small product: libgomp's look a thousand times first (docs/decisions.md)
     patient = {} if "OMP_WAIT_POLICY" in inherited else {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-    return patient | inherited | {"TRAINMASTER_HOME": str(settings.home), "OMP_NUM_THREADS": str(threads)}
+    ours = {"TRAINMASTER_HOME": str(settings.home), "OMP_NUM_THREADS": str(threads)}
+    # no file of the working directory is imported in place of a module, by torchrun's ranks neither
+    return patient | inherited | ours | {"PYTHONSAFEPATH": "1"}
 
 
 def _is_inherited(name: str) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +44,14 @@ def test_a_refusal_carries_status_code_and_every_error(client: Client) -> None:
     with pytest.raises(TrainmasterError, match="job-0") as caught:
         list(client.events("job-0"))
     assert (caught.value.status, caught.value.code) == (404, "job_not_found")
+
+
+def test_the_client_is_imported_beside_files_named_like_the_servers_packages(tmp_path: Path) -> None:
+    for name in ("worker", "api", "gptcore"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    code = "from trainmaster import Client; print(Client('http://localhost:1').url)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("http://localhost:1\n", "")
 
 
 def test_a_server_that_is_not_there_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import wait_until
 
 Start = Callable[..., subprocess.Popen[str]]
-TRAINMASTER = [sys.executable, "-m", "trainmaster.cli"]
+TRAINMASTER = [str(Path(sys.executable).with_name("trainmaster"))]
 
 
 @pytest.fixture

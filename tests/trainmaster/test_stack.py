@@ -49,7 +49,12 @@ def running(client: Client, job_id: str) -> Callable[[], bool]:
     return lambda: client.job(job_id)["step"] > 0
 
 
-def test_a_job_goes_through_the_stack_by_command(start_up: StartUp, home: Path, tmp_path: Path) -> None:
+def test_a_job_goes_through_the_stack_by_command_beside_files_named_like_our_packages(
+    start_up: StartUp, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("worker", "api", "gptcore", "trainmaster"):
+        Path(f"{name}.py").write_text(f"raise SystemExit('the file {name}.py of the working directory was imported')")
     up, client = start_up()
     spec = tmp_path / "tiny.json"
     spec.write_text(json.dumps({**TINY, "evaluate": {**TINY["evaluate"], "final_tasks": ["val_loss"]}}))
