@@ -195,6 +195,11 @@ class OptimSpec(Spec):
     cooldown_fraction: float = Field(0.2, gt=0, le=1, description="wsd: last share of the steps")
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null: no clipping")
+    spike_sigmas: float | None = Field(
+        6.0, ge=1, le=100,
+        description="skip an update whose loss or gradient norm is this many standard deviations above its last 128; "
+        "null: skip only what is not finite",
+    )  # fmt: skip
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, ge=1e-30, description="what is less is nothing in float32")

@@ -12,7 +12,7 @@ class TrainState(BaseModel, ser_json_inf_nan="constants"):
     batches_skipped: int = 0
     skipped_in_a_row: int = 0
     rollbacks: int = 0
-    losses: list[float] = Field(default_factory=list)  # the guard's windows: accepted steps only
+    losses: list[float] = Field(default_factory=list)  # the guard's windows: the last finite steps
     grad_norms: list[float] = Field(default_factory=list)
     best_val_loss: float | None = None
     best_step: int | None = None

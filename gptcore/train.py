@@ -139,7 +139,7 @@ class Trainer:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = get_total_norm(grads)
         train_loss, grad_norm, stop = self._agree(loss, norm)
-        refused = guard.judge(state, train_loss, grad_norm)
+        refused = guard.judge(state, train_loss, grad_norm, spec.optim.spike_sigmas)
         if refused is None:
             clip = spec.optim.grad_clip
             update(self.optimizers, norm / clip if clip is not None and grad_norm > clip else None)
@@ -152,7 +152,7 @@ class Trainer:
             self._report_step(began, train_loss, lr, grad_norm, data_wait_seconds)
         else:
             self.report(refused)
-            if guard.skip(state):
+            if guard.skip(state, train_loss, grad_norm):
                 self._roll_back(refused.reason)
         return stop
 
@@ -200,12 +200,14 @@ class Trainer:
             raise Diverged(
                 f"step {bad.step}: {guard.SKIPS_BEFORE_ROLLBACK} updates in a row refused ({reason}), "
                 + ("and no checkpoint to go back to" if checkpoint is None else f"after {rollbacks - 1} rollbacks")
-                + "; lower lr, lengthen warmup_steps, or set grad_clip"
+                + "; lower lr, lengthen warmup_steps, set grad_clip, or raise spike_sigmas"
             )
         self._load(checkpoint)
         passed_over = (bad.position - self.state.position) // self._sequences_per_step
         self.state.position, self.state.rollbacks = bad.position, rollbacks
         self.state.batches_skipped, self.state.skipped_in_a_row = bad.batches_skipped, 0
+        # with the refused values in them, a level that lasts is accepted this time, not refused until the run fails
+        self.state.losses, self.state.grad_norms = bad.losses, bad.grad_norms
         self.batches.seek(self.state.position)
         step = self.state.step
         self.report(events.RolledBack(from_step=bad.step, to_step=step, batches_passed_over=passed_over, reason=reason))

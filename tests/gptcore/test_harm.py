@@ -72,8 +72,7 @@ def harmed(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("TRAINMASTER_HOME", str(home))
     monkeypatch.setattr(guard, "WINDOW", 12)
     # twelve steps of a model this small say little: at six sigmas some texts have spikes of their own
-    monkeypatch.setattr(guard, "SIGMAS", 20.0)
-    spec = tiny_spec(max_steps=40, checkpoint={"every_steps": 5}, optim={"lr": 0.001})
+    spec = tiny_spec(max_steps=40, checkpoint={"every_steps": 5}, optim={"lr": 0.001, "spike_sigmas": 20.0})
     yield Harmed(spec, home, RunDir(tmp_path / "run"))
 
 
@@ -121,6 +120,16 @@ def test_a_run_harmed_across_a_resume_ends_as_the_undisturbed_one(harmed: Harmed
     assert len(parts.of_type(RolledBack)) == 1
     for (name, p), (_, q) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_the_guard_ends_no_run_whose_loss_stays_higher(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the run goes back before the guard has accepted the new level: it keeps what it has seen."""
+    monkeypatch.setattr(guard, "SKIPS_BEFORE_ROLLBACK", 2)
+    optim = harmed.spec.optim.model_copy(update={"spike_sigmas": 2.0})
+    harmed.spec = harmed.spec.model_copy(update={"optim": optim})
+    harmed.attempt({step * PER_STEP: 9.0 for step in range(20, 500)})
+    assert isinstance(harmed.events[-1], Finished)
+    assert len(harmed.of_type(RolledBack)) == 1
 
 
 def test_rollbacks_are_capped_and_the_way_out_is_named(harmed: Harmed) -> None:
