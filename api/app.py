@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI
@@ -44,12 +43,14 @@ class Application(FastAPI):
 def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI:
     """An application over the Redis and the run directories that `settings` name.
 
-    `open_without_keys`: whether it may serve anyone while there is no key, as on loopback.
+    `open_without_keys`: whether it may serve anyone while there never was a key, as on loopback. It never does so
+    under a public name: a reverse proxy reaches loopback too.
     """
-    store, keys = Store(settings.redis_url), KeyRing(settings.redis_url)
+    store, keys = Store(settings.redis_url), KeyRing(settings.redis_url, settings.home)
     monitor = Monitor(store)
     hub = Hub(store, settings.runs, monitor.stream_lag_seconds.observe)
-    hosts = filter(None, [urlsplit(settings.url).hostname])
+    hosts = settings.public_hosts
+    is_open = open_without_keys and not hosts
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -62,7 +63,7 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
         lifespan=lifespan, exception_handlers=problems.HANDLERS, redoc_url=None,
         middleware=[
             Middleware(Observed, monitor=monitor),
-            Middleware(Guard, hosts=list(hosts), keys=keys, open_without_keys=open_without_keys),
+            Middleware(Guard, hosts=hosts, keys=keys, open_without_keys=is_open),
         ],
     )  # fmt: skip
     app.state.services = Services(settings, store, keys, hub, monitor, run_cache(settings.runs))

@@ -4,11 +4,9 @@ A web page that someone opens must not be able to reach the server, with keys or
 request across sites (Origin) nor under a name of its own that it points here (Host).
 """
 
-import ipaddress
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
-from urllib.parse import urlsplit
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,12 +16,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.problems import Refusal, refusal_of
 from worker import keyring
 from worker.connection import AWAY
-from worker.keyring import KeyRing
+from worker.keyring import MARKER, KeyRing
+from worker.settings import host_of, is_loopback
 
 MAX_BODY_BYTES = 1 << 20
 HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY"}
+# a proxy adds them: whoever it lets in is not on this machine
+FORWARDED = ("X-Forwarded-For", "X-Forwarded-Host", "Forwarded", "X-Real-IP")
+HEALTH = ("/healthz", "/readyz")  # a probe or a load balancer asks for them by address
 # the page asks for a key itself, and its parts, the schema and the two checks tell nothing of any run
-FOR_EVERYONE = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
+FOR_EVERYONE = ("/", *HEALTH, "/docs", "/openapi.json")
 
 
 def needed_scope(method: str, path: str) -> keyring.Scope | None:
@@ -38,12 +40,12 @@ def needed_scope(method: str, path: str) -> keyring.Scope | None:
 class Guard:
     """`hosts` are the names that this server answers to, beside loopback addresses.
 
-    `open_without_keys`: while there is no key at all, everyone who reaches the server may do everything.
+    `open_without_keys`: while there is no key and never was one, everyone who reaches the server may do everything.
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str], keys: KeyRing, open_without_keys: bool):
         self._app = app
-        self._hosts = frozenset({"localhost", *hosts})
+        self._hosts = frozenset(hosts)
         self._keys = keys
         self._open_without_keys = open_without_keys
 
@@ -63,7 +65,7 @@ class Guard:
 
         try:
             headers = Headers(scope=scope)
-            self._check(headers)
+            self._check(scope["path"], headers)
             needed = needed_scope(scope["method"], scope["path"])
             who = await run_in_threadpool(self._holder, headers, needed) if needed else "anyone"
         except (Refusal, *AWAY) as error:
@@ -85,11 +87,11 @@ class Guard:
                     await run_in_threadpool(self._keys.record, who, what, str(status or 500))
         return None
 
-    def _check(self, headers: Headers) -> None:
+    def _check(self, path: str, headers: Headers) -> None:
         """Raises Refusal."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        if not self._is_ours(host):
-            way_out = "use 127.0.0.1 or localhost, or set TRAINMASTER_URL for the server"
+        if path not in HEALTH and not self._is_ours(host):
+            way_out = "use 127.0.0.1 or localhost, or add it to TRAINMASTER_HOSTS of the server"
             raise Refusal(403, "foreign_host", f"this server does not answer to the Host {host!r}; {way_out}")
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
             raise Refusal(403, "foreign_origin", f"a page of {origin!r} may not call this server")
@@ -112,15 +114,17 @@ class Guard:
         if key:
             detail = f"this needs a key of scope {needed}; key {key.id} has {key.scope}"
             raise Refusal(403, "scope_too_small", detail)
-        if self._open_without_keys and self._keys.is_empty():
+        forwarded = next((name for name in FORWARDED if name in headers), None)
+        if self._open_without_keys and not forwarded and not self._keys.are_required():
             return "anyone"
         code, what = ("key_unknown", "this key is not, or no longer, known") if text else ("key_missing", "no key came")
+        if forwarded:
+            what += f", and {forwarded} says that a proxy passed this request on"
         detail = f"{what}; send one as Authorization: Bearer KEY (trainmaster keys create makes one)"
+        if self._open_without_keys and self._keys.is_empty() and self._keys.are_required():
+            detail += f"; this server had keys and has lost them: make one, or delete {MARKER} in TRAINMASTER_HOME"
         raise Refusal(401, code, detail, headers={"WWW-Authenticate": "Bearer"})
 
     def _is_ours(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""  # lower case, without port and brackets
-            return name in self._hosts or ipaddress.ip_address(name).is_loopback
-        except ValueError:
-            return False
+        name = host_of(host)
+        return name in self._hosts or is_loopback(name)

@@ -72,7 +72,7 @@ def api(
         with _keyring() as ring:
             if first_key:
                 ring.create_first(first_key)
-            listener = listen(host, port, Settings.from_environment().redis_url)
+            listener = listen(host, port, Settings.from_environment())
         serve(listener)
     elif first_key:
         raise Mistake("--first-key goes with TRAINMASTER_REDIS_URL; use trainmaster keys create")
@@ -233,7 +233,7 @@ def _keyring() -> Iterator["KeyRing"]:
             from trainmaster.stack import Stack  # which the API's image, having no worker, cannot load
 
             url = left.enter_context(Stack(settings, api=False, worker=False)).redis_url
-        yield left.enter_context(closing(KeyRing(url)))
+        yield left.enter_context(closing(KeyRing(url, settings.home)))
 
 
 @app.command("list")
@@ -367,12 +367,16 @@ def _run_stack(**options: Any) -> None:
 
 
 def _say_where(stack: "Stack", home: Path) -> None:
-    from worker.keyring import KeyRing
+    from worker.keyring import MARKER, KeyRing
 
     if stack.url:
         console.print(f"trainmaster is up at [link]{stack.url}[/link]  (API and page; Ctrl-C stops it)")
-        if KeyRing(stack.redis_url).is_empty():
-            console.print("there is no API key: only this machine can reach it (trainmaster keys create)")
+        with closing(KeyRing(stack.redis_url, home)) as ring:
+            if not ring.are_required():
+                console.print("there is no API key: only this machine can reach it (trainmaster keys create)")
+            elif ring.is_empty():
+                way_out = f"trainmaster keys create me --scope admin, or delete {home / MARKER} to use it without keys"
+                console.print(f"its API keys are gone, so it refuses requests: {way_out}", markup=False, soft_wrap=True)
     console.print(f"runs, datasets, Redis and logs are in {home}", markup=False, soft_wrap=True)
 
 

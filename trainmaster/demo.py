@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def run_demo(settings: Settings, url: str | None, own_redis: bool, as_json: bool
             watched: AbstractContextManager[None] = nullcontext()
             if url is None:
                 console.print("starting Redis, the API and a worker")
-                stack = left.enter_context(Stack(settings, own_redis=own_redis))
+                # nobody else is to reach it, whatever name this machine's server has
+                local = replace(settings, url="", hosts=())
+                stack = left.enter_context(Stack(local, own_redis=own_redis))
                 url, watched = stack.url, stack.watched()
             client = left.enter_context(Client(url))
             with watched:

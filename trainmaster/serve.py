@@ -1,14 +1,15 @@
 """The API server's process: `python -m trainmaster.serve FD`, on a socket that its parent bound."""
 
-import ipaddress
 import socket
 import sys
+from contextlib import closing
 
 from trainmaster.mistake import Mistake
+from worker.settings import Settings, is_loopback
 
 
-def listen(host: str, port: int, redis_url: str) -> socket.socket:
-    """A listening socket; port 0 is any free one.
+def listen(host: str, port: int, settings: Settings) -> socket.socket:
+    """Return a listening socket; port 0 is any free one.
 
     Raises Mistake: it cannot listen there, or others could reach it and this Redis holds no key that says who may.
     """
@@ -20,17 +21,22 @@ def listen(host: str, port: int, redis_url: str) -> socket.socket:
         why = str(error.strerror).partition(" (while")[0]  # Python names the address once more
         way_out = "choose another with --port, and set TRAINMASTER_URL to it"
         raise Mistake(f"cannot listen on {host}:{port}: {why}; {way_out}") from error
-    if not _is_loopback(listener) and KeyRing(redis_url).is_empty():
-        listener.close()
-        raise Mistake(
-            f"{host} is reachable from other machines and there is no API key: anyone could use this server; "
-            "make one first (trainmaster keys create NAME --scope admin), or listen on 127.0.0.1"
-        )
+    names = ", ".join(sorted(settings.public_hosts))
+    if names or not _is_local(listener):
+        with closing(KeyRing(settings.redis_url, settings.home)) as keys:
+            has_none = keys.is_empty()
+        if has_none:
+            listener.close()
+            way_out = "unset TRAINMASTER_URL and TRAINMASTER_HOSTS" if names else "listen on 127.0.0.1"
+            raise Mistake(
+                f"{names or host} is reachable from other machines and there is no API key: anyone could use this "
+                f"server; make one first (trainmaster keys create NAME --scope admin), or {way_out}"
+            )
     return listener
 
 
-def _is_loopback(listener: socket.socket) -> bool:
-    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+def _is_local(listener: socket.socket) -> bool:
+    return is_loopback(listener.getsockname()[0])
 
 
 def serve(listener: socket.socket) -> None:
@@ -38,10 +44,9 @@ def serve(listener: socket.socket) -> None:
     # imported here: a parent that only binds the socket needs none of it
     from api.app import Server
     from api.monitoring import log_json_lines
-    from worker.settings import Settings
 
     log_json_lines()
-    Server(Settings.from_environment(), open_without_keys=_is_loopback(listener)).run(sockets=[listener])
+    Server(Settings.from_environment(), open_without_keys=_is_local(listener)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

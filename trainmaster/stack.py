@@ -143,7 +143,7 @@ class Stack:
         host, port = self._address
         if self._listener is None:
             # bound here and served there: no port is lost between, nor while one that was killed is replaced
-            self._listener = listen(host, port, self._settings.redis_url)
+            self._listener = listen(host, port, self._settings)
             name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # by which this machine reaches it
             self.url = f"http://{f'[{name}]' if ':' in name else name}:{self._listener.getsockname()[1]}"
         served = self._listener.fileno()

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 from datetime import UTC, datetime
@@ -15,6 +16,9 @@ from worker.keys import KEYS
 Scope = Literal["read", "submit", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)  # each may do what those before it may
 AUDIT_KEPT = 10_000
+MARKER = "has-api-keys"  # a file in the home: whoever deletes it opens a local server that has no key
+
+log = logging.getLogger(__name__)
 
 
 class Key(Record):
@@ -41,8 +45,15 @@ class AuditEntry(Record):
 
 
 class KeyRing(Connected):
+    """The keys in the Redis at `url`, and the marker in `home` that says that there was one."""
+
+    def __init__(self, url: str, home: Path):
+        super().__init__(url)
+        self._marker = home / MARKER
+
     def create(self, name: str, scope: Scope) -> tuple[Key, str]:
         """A new key and its text, which nobody can ask for again."""
+        self._mark()
         key_id, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
         key = Key(id=key_id, name=name, scope=scope, created_at=datetime.now(UTC), sha256=_sha256(secret))
         self._redis.hset(KEYS["keys"], key_id, key.model_dump_json())
@@ -64,6 +75,26 @@ class KeyRing(Connected):
     def is_empty(self) -> bool:
         return not self._redis.hlen(KEYS["keys"])
 
+    def are_required(self) -> bool:
+        """Return whether a request needs a key: one exists, or one did before Redis lost it.
+
+        A Redis that was flushed, or a home that was copied without it, must not open the server to everyone.
+        """
+        if self._marker.exists():
+            return True
+        if self.is_empty():
+            return False
+        self._mark()
+        return True
+
+    def _mark(self) -> None:
+        try:
+            if not self._marker.exists():
+                self._marker.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._marker.touch(mode=0o600)
+        except OSError:  # a full disk; the key itself is in Redis, and the next request tries again
+            log.warning("cannot write %s", self._marker, exc_info=True)
+
     def revoke(self, key_id: str) -> bool:
         """Whether there was such a key."""
         revoked = bool(self._redis.hdel(KEYS["keys"], key_id))
@@ -78,7 +109,10 @@ class KeyRing(Connected):
         record = self._redis.hget(KEYS["keys"], key_id)
         key = Key.model_validate_json(record) if record else None
         fits = hmac.compare_digest(_sha256(secret), key.sha256 if key else _sha256(""))
-        return key if key and fits else None
+        if key is None or not fits:
+            return None
+        self._mark()
+        return key
 
     def record(self, who: str, what: str, outcome: str) -> None:
         """Add to the audit; the newest entries are kept."""

@@ -1,12 +1,14 @@
 """The environment, read in one place. The worker, the API and the command line all take `Settings`."""
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -16,6 +18,25 @@ class BadSetting(ValueError):
     """A variable that cannot be used, with its value and what would do."""
 
 
+HostName = Annotated[str, Field(pattern=r"^([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(:\d+)?$")]
+
+
+def host_of(address: str) -> str:
+    """Return the host of "name", "name:port" or "[address]:port", in lower case without brackets; "" if it has none."""
+    try:
+        return urlsplit(f"//{address}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address can only mean this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class Settings:
     """Each is TRAINMASTER_ and its name in capitals: TRAINMASTER_GRACE_SECONDS."""
@@ -23,6 +44,7 @@ class Settings:
     home: Path  # redis/ runs/ datasets/
     redis_url: str = "redis://127.0.0.1:6379/0"
     url: str = "http://127.0.0.1:8000"  # of the server that the command line talks to
+    hosts: tuple[HostName, ...] = ()  # names and addresses that a server answers to, besides its URL's
     api_key: str = Field(default="", repr=False)  # that the command line and the client send
     pool: str = "default"
     node: str = Field(default="", pattern=r"^[A-Za-z0-9_-]{0,60}$")  # this one's name; empty: see worker.place
@@ -44,6 +66,12 @@ class Settings:
     def datasets(self) -> Path:
         return self.home / "datasets"
 
+    @property
+    def public_hosts(self) -> frozenset[str]:
+        """Names and addresses, other than loopback ones, by which the server is reached."""
+        hosts = {host_of(self.url.rpartition("://")[2].partition("/")[0]), *map(host_of, self.hosts)}
+        return frozenset(host for host in hosts if host and not is_loopback(host))
+
     def refuses_repo(self, repo: str) -> str:
         """Why nothing may be published to owner/name; "" where it may."""
         owner = repo.partition("/")[0]
@@ -63,7 +91,8 @@ class Settings:
                 raise BadSetting(f"{name} is not read by anything; use {near[0]}, or unset it")
         given: dict[str, Any] = {f.name: text for f in fields(cls) if (text := env.get(_variable(f.name), "").strip())}
         given["home"] = Path(given.get("home", "~/.trainmaster")).expanduser().absolute()
-        given["hf_namespaces"] = tuple(filter(None, re.split(r"[,\s]+", given.get("hf_namespaces", ""))))
+        for name in ("hf_namespaces", "hosts"):
+            given[name] = tuple(filter(None, re.split(r"[,\s]+", given.get(name, ""))))
         try:
             return cls(**given)
         except ValidationError as error:
@@ -74,7 +103,7 @@ class Settings:
     def to_environment(self) -> dict[str, str]:
         """The variables that make a child process read these same settings, but for the API key: none needs it."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "api_key"}
-        values["hf_namespaces"] = ",".join(self.hf_namespaces)
+        values |= {name: ",".join(values[name]) for name in ("hf_namespaces", "hosts")}
         return {_variable(name): str(value) for name, value in values.items()}
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -13,7 +15,9 @@ import redis
 from tests.api.server import FakeRun, Server, train_spec
 from tests.conftest import status_changes
 from trainmaster import Client, TrainmasterError
-from worker.keyring import SCOPES, KeyRing, Scope
+from trainmaster.mistake import Mistake
+from trainmaster.serve import listen
+from worker.keyring import MARKER, SCOPES, KeyRing, Scope
 from worker.settings import Settings
 from worker.store import Store
 
@@ -21,8 +25,8 @@ Ask = Callable[..., httpx2.Response]
 
 
 @pytest.fixture
-def ring(redis_url: str) -> Iterator[KeyRing]:
-    ring = KeyRing(redis_url)
+def ring(settings: Settings) -> Iterator[KeyRing]:
+    ring = KeyRing(settings.redis_url, settings.home)
     yield ring
     ring.close()
 
@@ -91,6 +95,42 @@ def test_beyond_loopback_nothing_is_open_even_without_a_key(settings: Settings) 
     with Server(settings, open_without_keys=False) as server:
         assert server.http.get("/jobs").status_code == 401
         assert server.http.get("/healthz").status_code == 200
+
+
+def test_a_server_that_lost_its_keys_serves_nobody_and_says_the_way_out(
+    http: httpx2.Client, ring: KeyRing, settings: Settings, redis_url: str
+) -> None:
+    assert http.get("/jobs").status_code == 200
+    ring.create("mine", "admin")
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+    refused = http.get("/jobs")
+    assert refused.status_code == 401 and MARKER in refused.json()["detail"]
+    (settings.home / MARKER).unlink()
+    assert http.get("/jobs").status_code == 200
+
+
+def test_a_server_that_finds_keys_remembers_them(http: httpx2.Client, ring: KeyRing, settings: Settings) -> None:
+    _, text = ring.create("made from another home", "admin")
+    for headers in ({}, bearer(text)):
+        (settings.home / MARKER).unlink(missing_ok=True)
+        http.get("/jobs", headers=headers)
+        assert (settings.home / MARKER).exists()
+
+
+@pytest.mark.parametrize(
+    "public", [{"url": "https://box.example"}, {"url": "box:8000"}, {"hosts": ("box.example:80",)}]
+)
+def test_under_a_public_name_nothing_is_open_without_a_key(settings: Settings, public: dict[str, Any]) -> None:
+    with Server(replace(settings, **public)) as server:
+        assert server.http.get("/jobs").status_code == 401
+    with pytest.raises(Mistake, match=r"box.* is reachable from other machines and there is no API key"):
+        listen("127.0.0.1", 0, replace(settings, **public))
+
+
+def test_what_a_proxy_passes_on_needs_a_key(http: httpx2.Client) -> None:
+    answer = http.get("/jobs", headers={"X-Forwarded-For": "192.0.2.7"})
+    assert answer.status_code == 401 and "X-Forwarded-For" in answer.json()["detail"]
 
 
 def test_no_key_can_be_read_back_from_redis_logs_events_or_errors(

@@ -229,7 +229,10 @@ def test_a_foreign_page_can_neither_cancel_nor_read_a_run(
 
 
 def test_the_own_page_and_every_loopback_name_may_call(settings: Settings, run: FakeRun) -> None:
-    with Server(replace(settings, url="https://box.example/")) as server:
+    names = {"url": "https://box.example/", "hosts": ("10.0.0.7", "other.example:8000", "[2001:db8::1]")}
+    _, key = KeyRing(settings.redis_url, settings.home).create("mine", "admin")
+    with Server(replace(settings, **names)) as server:
+        server.http.headers["Authorization"] = f"Bearer {key}"
         port = server.url.rpartition(":")[2]
         for host in (
             f"127.0.0.1:{port}",
@@ -238,9 +241,18 @@ def test_the_own_page_and_every_loopback_name_may_call(settings: Settings, run: 
             "LOCALHOST",
             "box.example",
             "127.8.8.8",
+            f"10.0.0.7:{port}",
+            "Other.example",
+            "[2001:db8::1]:80",
         ):
             answer = server.http.post(f"/jobs/{run.id}/cancel", headers={"Host": host, "Origin": f"http://{host}"})
             assert answer.status_code == 200, host
+
+
+def test_health_is_told_under_any_name(http: httpx2.Client) -> None:
+    for host in ("10.0.0.9:8000", "probe.example", ""):
+        assert http.get("/healthz", headers={"Host": host}).status_code == 200, host
+        assert http.get("/readyz", headers={"Host": host}).json()["code"] == "no_worker", host
 
 
 def test_the_page_runs_nothing_from_elsewhere_and_is_framed_by_nobody(http: httpx2.Client) -> None:

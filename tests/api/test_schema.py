@@ -19,6 +19,7 @@ from gptcore.events import Sampled
 from tests.api.server import FakeRun, Server, evaluated, node, step, train_spec
 from tests.api.test_monitoring import numbers
 from worker.keyring import KeyRing
+from worker.settings import Settings
 from worker.store import Store
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "3"))
@@ -88,11 +89,11 @@ def fuzz(server: Server, folder: Path, config: str, phases: str) -> None:
 @pytest.mark.usefixtures("live_node")
 @pytest.mark.timeout(1800)
 def test_the_server_does_what_its_description_says(
-    server: Server, new_run: Callable[..., FakeRun], redis_url: str, tmp_path: Path
+    server: Server, new_run: Callable[..., FakeRun], settings: Settings, tmp_path: Path
 ) -> None:
     waiting = server.http.post("/jobs", json=train_spec(resources={"pool": "other"})).json()["id"]
     ids = {"run": a_run(new_run), "ended": a_run(new_run), "waiting": waiting}
-    key = KeyRing(redis_url).create("fuzz", "admin")[1]
+    key = KeyRing(settings.redis_url, settings.home).create("fuzz", "admin")[1]
     config = CONFIG.format(key=key)
     fuzz(server, tmp_path, config + PARAMETERS.format(**ids), "examples,fuzzing" + ",coverage" * DEEP)
     if DEEP:

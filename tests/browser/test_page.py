@@ -218,11 +218,11 @@ def test_a_run_is_paused_and_resumed(page: Page, server: Server, run: FakeRun) -
 
 
 def test_a_refusal_stands_until_the_next_action(
-    page: Page, server: Server, run: FakeRun, complaints: Complaints, redis_url: str
+    page: Page, server: Server, run: FakeRun, complaints: Complaints, settings: Settings
 ) -> None:
     complaints.expected = ".* status of 40[13]"
     run.log_file.write_text("loss 2.5")
-    key = KeyRing(redis_url).create("me", "read")[1]
+    key = KeyRing(settings.redis_url, settings.home).create("me", "read")[1]
     page.goto(f"{server.url}/#{run.id}")
     give_key(page, key)
     page.get_by_role("button", name="Pause").click()
@@ -371,12 +371,12 @@ def test_a_run_is_open_in_more_tabs_than_a_browser_has_connections(page: Page, s
 
 
 def test_the_page_asks_for_a_key_and_keeps_it_in_its_tab(
-    page: Page, server: Server, run: FakeRun, complaints: Complaints, redis_url: str
+    page: Page, server: Server, run: FakeRun, complaints: Complaints, settings: Settings
 ) -> None:
     complaints.expected = ".* status of 401"
     feed(run, 1, 10)
     run.log_file.write_text("loss 2.5")
-    text = KeyRing(redis_url).create("me", "submit")[1]
+    text = KeyRing(settings.redis_url, settings.home).create("me", "submit")[1]
     page.goto(f"{server.url}/#{run.id}")
     for key in ("tm_no_key", "ключ", text):
         give_key(page, key)

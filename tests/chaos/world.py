@@ -205,7 +205,7 @@ class World:
             path.unlink()
 
     def _start_api(self) -> Part:
-        listener = listen("127.0.0.1", self._port, self.settings.redis_url)
+        listener = listen("127.0.0.1", self._port, self.settings)
         with listener:  # bound anew each time: while no API lives, connections are refused
             command = [sys.executable, "-m", "trainmaster.serve", str(listener.fileno())]
             return self._part("api", command, {}, [listener.fileno()])
