@@ -77,8 +77,11 @@ class Saver:
         if self._running is not None and self._running[1].done():
             self.wait()
 
-    def wait(self) -> None:
-        """Wait for the save under way, if any, and report it. Raises OSError where that of the last step failed."""
+    def wait(self, needed: bool = False) -> None:
+        """Wait for the save under way, if any, and report it.
+
+        Raises OSError if it failed and is `needed`, or is that of the last step: no later save makes up for it.
+        """
         if self._running is None:
             return
         (step, writing), self._running = self._running, None
@@ -87,7 +90,7 @@ class Saver:
         except OSError as error:
             message = f"checkpoint at step {step} not saved, the older ones stand: {error}"
             self._report(Notice(level="warning", message=message))
-            if step == self._spec.max_steps:
+            if needed or step == self._spec.max_steps:
                 raise
         else:
             self._report(saved)

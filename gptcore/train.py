@@ -86,6 +86,8 @@ class Trainer:
         self._resume()
         self._phase("training")
         stop = self._step_until_done()
+        if stop:
+            self.saver.wait(needed=True)  # whoever stops a run is promised a checkpoint of its last step
         self.saver.close()
         if stop:
             self.report(events.Stopped(step=self.state.step, reason=stop))

@@ -278,11 +278,15 @@ class Launcher:
             self._finish("cancelled", "cancelled on request")
         elif isinstance(outcome, Failed) and outcome.reason not in MAY_PASS:
             self._fail(outcome.reason, outcome.message)
+        elif isinstance(outcome, Failed) and outcome.reason == "disk_full" and self._word != "max_duration":
+            self._give_up(outcome.reason, outcome.message)  # also when drained: its last steps are not saved
         elif self._word == "pause":
             self._finish("queued", "its worker was drained")
         elif self._word == "max_duration":
             reached = f"{step} of {self._job.total_steps} steps"
             message = f"reached max_duration_seconds {self._limit:g} after {reached}; its checkpoints are kept"
+            if isinstance(outcome, Failed):
+                message += f", but the last steps are not in them: {outcome.message}"
             self._fail("max_duration", message, log_lines=0)
         elif self._hung:
             self._give_up("hung", self._hung)

@@ -27,8 +27,9 @@ from gptcore.events import (
     Skipped,
     Started,
     Step,
+    Stopped,
 )
-from gptcore.failure import Diverged
+from gptcore.failure import Diverged, describe
 from gptcore.plan import Hardware, peak_memory_bytes, resolve
 from gptcore.rundir import RunDir
 from gptcore.setup import build
@@ -44,7 +45,7 @@ class Harmed:
         self.spec, self.home, self.run = resolve(spec, home / "datasets"), home, run
         self.events: list[Any] = []
 
-    def attempt(self, bad: dict[int, float], stop_after: int | None = None) -> Trainer:
+    def attempt(self, bad: dict[int, float], stop_after: int | None = None, word: str = "pause") -> Trainer:
         """bad: loss by the position (sequences consumed) of the batch it happens to."""
         attempt = self.run.claim_attempt()
         dataset = read_dataset(self.home / "datasets", "small")
@@ -55,7 +56,7 @@ class Harmed:
 
         def accumulate() -> tuple[torch.Tensor, float]:
             if stop_after is not None and trainer.state.step >= stop_after:
-                attempt.stop.write_text("pause")
+                attempt.stop.write_text(word)
             loss, waited = healthy()
             return (torch.tensor(bad.get(trainer.state.position, loss.item()))), waited
 
@@ -155,6 +156,20 @@ def test_the_best_weights_are_some_that_were_saved(harmed: Harmed, monkeypatch: 
     monkeypatch.setattr("gptcore.checkpoint.save_file", really)
     assert harmed.attempt({}).state.best_step == 40
     assert [e.step for e in harmed.of_type(Exported)] == [40]
+
+
+@pytest.mark.parametrize("word", ["pause", "cancel"])
+def test_a_stop_without_room_for_its_checkpoint_is_a_full_disk(
+    harmed: Harmed, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    def on_a_full_disk(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("gptcore.checkpoint.save_file", on_a_full_disk)
+    with pytest.raises(OSError, match="No space left") as full:
+        harmed.attempt({}, stop_after=2, word=word)
+    assert describe(full.value, 0).reason == "disk_full"
+    assert not harmed.of_type(Stopped)
 
 
 def test_a_loss_that_is_no_number_is_not_the_best(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,9 @@ def main() -> None:
                 print("the last words", flush=True)
                 sys.exit(1)
             word = attempt.stop.read_text() if attempt.stop.exists() else (told or [""])[0]
+            if word and "no_room_at_the_end" in labels:
+                report(events.Failed(reason="disk_full", message="no room"))
+                sys.exit(1)
             if word and "deaf" not in labels:
                 report(events.Stopped.model_validate({"step": step, "reason": word}))
                 return

@@ -270,6 +270,17 @@ def test_a_trainer_whose_disk_is_full_is_tried_again_later(
     store.request_cancel(job_id)
 
 
+def test_a_drained_run_that_cannot_save_says_that_the_disk_is_full(
+    store: Store, fake: Settings, start_worker: StartWorker
+) -> None:
+    worker = start_worker(fake)
+    job_id = submit_long(store, labels={"no_room_at_the_end": "yes"})
+    at_step(store, job_id, 2)
+    worker.stop()
+    job = store.get_job(job_id)
+    assert (job.status, job.status_reason) == ("recovering", "attempt 1: no room, tried again in 20 s")
+
+
 def test_cancel_ends_a_run_and_every_process_of_it(store: Store, fake: Settings, start_worker: StartWorker) -> None:
     start_worker(fake)
     job_id = submit_long(store, labels={"stubborn_child": "yes"})
