@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
@@ -34,6 +35,9 @@ class Planned(BaseModel):
     plan: Plan | None = Field(description="the numbers that follow; null for jobs that train nothing")
     children: list[AnySpec] = Field([], description="the jobs that follow once it has succeeded")
     parent_job_id: str | None = Field(None, description="the job it is about")
+    device: Literal["cpu", "cuda"] | None = Field(
+        None, description="what it and its children run on if they say auto; null if the pool has no live worker"
+    )
 
 
 def real_path(path: Path) -> Path | None:
@@ -55,10 +59,12 @@ def planned(spec: AnySpec, settings: Settings, store: Store) -> Planned:
         _check_source(spec, settings)
         return Planned(spec=spec, plan=None)
     if isinstance(spec, EvalSpec | PublishSpec):
-        return Planned(spec=spec, plan=None, parent_job_id=_check_subject(spec, settings, store))
+        parent = _check_subject(spec, settings, store)
+        hardware = store.pool_hardware(spec.resources.pool) if isinstance(spec, EvalSpec) else None
+        return Planned(spec=spec, plan=None, parent_job_id=parent, device=hardware and hardware.device)
     resolved = resolve(spec, settings.datasets)
     pool, device = spec.resources.pool, spec.resources.device
-    hardware = store.pool_hardware(pool, device)
+    hardware = store.pool_hardware(pool, device, spec.resources.ranks_per_node)
     children = children_of(resolved)
     if resolved.init_from is not None:
         _check_init(resolved, resolved.init_from, settings)
@@ -80,7 +86,7 @@ def planned(spec: AnySpec, settings: Settings, store: Store) -> Planned:
             why = f"no worker of pool {pool} shares this server's TRAINMASTER_HOME, {settings.home}"
             warnings.append(f"{why}, so it will have no curves, logs, checkpoints or files of the run to show")
     numbers = numbers.model_copy(update={"warnings": [*numbers.warnings, *warnings], "estimate": guess})
-    return Planned(spec=resolved, plan=numbers, children=children)
+    return Planned(spec=resolved, plan=numbers, children=children, device=hardware and hardware.device)
 
 
 def _check_subject(spec: EvalSpec | PublishSpec, settings: Settings, store: Store) -> str | None:

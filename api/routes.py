@@ -127,7 +127,7 @@ def submit(
         accepted = plan_of(submission, services.settings, services.store)
         job, _ = services.store.create_job(
             accepted.spec, accepted.plan, idempotency_key=idempotency_key, body_sha256=body_sha256,
-            parent_job_id=accepted.parent_job_id, children=accepted.children,
+            parent_job_id=accepted.parent_job_id, children=accepted.children, device=accepted.device,
         )  # fmt: skip
     response.headers["Location"] = f"/jobs/{job.id}"
     return job

@@ -14,8 +14,8 @@ from worker.job import Job, StatusChange
 _JSON_FIELDS = ("labels", "nodes", "spec", "plan", "best_checkpoint", "published", "results", "error")
 
 
-def new_record(job_id: str, parent: str | None, spec: AnySpec, plan: Plan | None) -> dict[str, Any]:
-    """A new job as create.lua takes it."""
+def new_record(job_id: str, parent: str | None, spec: AnySpec, plan: Plan | None, device: str | None) -> dict[str, Any]:
+    """Return a new job in the form that create.lua takes. It is placed on `device` if its spec says "auto"."""
     asked = spec.resources
     # all else takes one core of one node, whatever the spec asks for
     trains, ranked = isinstance(spec, TrainSpec), isinstance(spec, TrainSpec | EvalSpec)
@@ -26,9 +26,13 @@ def new_record(job_id: str, parent: str | None, spec: AnySpec, plan: Plan | None
         "pool": asked.pool, "priority": asked.priority,
         "wanted_nodes": asked.nodes if trains else 1,
         "wanted_ranks": asked.ranks_per_node if ranked else 1,
-        "wanted_device": asked.device if ranked else "auto",
+        "wanted_device": _wanted_device(asked.device, device) if ranked else "any",
     }  # fmt: skip
     return {"id": job_id, "parent": parent or "", "fields": flat(fields)}
+
+
+def _wanted_device(asked: str, planned: str | None) -> str:
+    return planned or "auto" if asked == "auto" else asked
 
 
 def flat(fields: Mapping[str, Any]) -> list[str]:

@@ -61,21 +61,22 @@ class Store(Connected):
 
     def create_job(
         self, spec: AnySpec, plan: Plan | None, *, idempotency_key: str | None = None, body_sha256: str = "",
-        parent_job_id: str | None = None, children: Sequence[AnySpec] = (),
+        parent_job_id: str | None = None, children: Sequence[AnySpec] = (), device: str | None = None,
     ) -> tuple[Job, bool]:  # fmt: skip
         """Queue a resolved spec, or find the job that this key made in the last 24 h.
 
         With a parent it waits for that job to succeed, and is cancelled where it does not. `children` are
         made with it, as a whole, and run in their order: a child's `source` "parent" becomes the new job's id.
+        All of them run on `device` ("cpu", "cuda") if their specs say "auto"; None: on the first that suffices.
         Returns the job and whether it is new. Raises IdempotencyConflict.
         """
         while True:
             job_id = new_job_id()
-            made = [new_record(job_id, parent_job_id, spec, plan)]
+            made = [new_record(job_id, parent_job_id, spec, plan, device)]
             for child in children:
                 if getattr(child, "source", None) == "parent":
                     child = child.model_copy(update={"source": job_id})
-                record = new_record(new_job_id(), job_id, child, None)
+                record = new_record(new_job_id(), job_id, child, None, device)
                 # one after the other, also where an earlier one fails: the model card shows evaluations
                 record["fields"] += ["follows", made[-1]["id"]] if made[1:] else []
                 made.append(record)
@@ -303,14 +304,21 @@ class Store(Connected):
             nodes.append(Node.model_validate(node))
         return nodes
 
-    def pool_hardware(self, pool: str, device: str = "auto") -> Hardware | None:
-        """The largest slot of a pool's live nodes, GPUs before cores; None where no node is live.
+    def pool_hardware(self, pool: str, device: str = "auto", ranks: int = 1) -> Hardware | None:
+        """Return the slot that a job of `ranks` a node gets in a pool where nothing runs; None if no node is live.
 
-        A `device` other than "auto" is preferred, where the pool has it.
+        It is the smallest slot with enough ranks, else the largest. A `device` other than "auto" is preferred if the
+        pool has it; with "auto" GPUs come before CPU cores.
         """
         slots = [slot.hardware for node in self.live_nodes(pool) for slot in node.slots]
-        slots = [hardware for hardware in slots if hardware.device == device] or slots
-        return max(slots, key=lambda hardware: (hardware.device == "cuda", hardware.ranks), default=None)
+        devices = {hardware.device for hardware in slots}
+        if device not in devices:
+            device = "cuda" if "cuda" in devices else "cpu"
+        slots = [hardware for hardware in slots if hardware.device == device]
+        sufficient = [hardware for hardware in slots if hardware.ranks >= ranks]
+        if sufficient:
+            return min(sufficient, key=lambda hardware: hardware.ranks)
+        return max(slots, key=lambda hardware: hardware.ranks, default=None)
 
     def live_nodes(self, pool: str) -> list[Node]:
         return [node for node in self.list_nodes() if node.live and node.pool == pool]

@@ -18,6 +18,7 @@ from gptcore.native import native_config
 from gptcore.spec import ModelSpec
 from tests.api.server import FakeRun, Server, node, train_spec
 from tests.gptcore.hub_server import Handler
+from worker.job import Node
 from worker.place import runs_root_id
 from worker.settings import Settings
 from worker.store import Store
@@ -54,6 +55,53 @@ def test_without_a_worker_a_job_is_queued_with_a_warning(http: httpx2.Client, st
     assert "pool default has no live worker" in warnings()
     store.register_node(node(1))
     assert "worker" not in warnings()
+
+
+def gpu_node(ranks: int, name: str) -> Node:
+    """A node whose one slot has that many GPUs."""
+    slot = node(ranks, name=name).slots[0]
+    hardware = slot.hardware.model_copy(update={"device": "cuda"})
+    return node(ranks, name=name).model_copy(update={"slots": [slot.model_copy(update={"hardware": hardware})]})
+
+
+@pytest.mark.parametrize("gpu_name", ["a", "z"])
+def test_a_job_runs_on_the_device_that_its_plan_is_for(http: httpx2.Client, store: Store, gpu_name: str) -> None:
+    """Whatever the order of the nodes, and although a CPU is idle."""
+    store.register_node(node(1, name="m"))
+    store.register_node(gpu_node(1, gpu_name))
+    changes = {"evaluate": {"final_tasks": ["val_loss"]}}
+    for number in range(10):
+        job = http.post("/jobs", json=train_spec(**(changes if number else {}))).json()
+        assert job["plan"]["device"] == "cuda"
+        assert store.reserve("default") == 1
+        assert [part.node for part in store.get_job(job["id"]).nodes] == [gpu_name]
+        assert store.reserve("default") == 0
+        store.request_cancel(job["id"])
+    wanted = {job.kind: store.record(job.id)["wanted_device"] for job in store.list_jobs(limit=100).data}
+    assert wanted == {"train": "cuda", "eval": "cuda"}
+
+
+def test_a_job_says_that_the_device_of_its_plan_left_the_pool(http: httpx2.Client, store: Store) -> None:
+    for name in "ab":
+        store.register_node(node(1, name=name))
+        store.register_node(gpu_node(1, f"gpu-{name}"))
+    job_id = http.post("/jobs", json=train_spec()).json()["id"]
+    wide_id = http.post("/jobs", json=train_spec(resources={"nodes": 2})).json()["id"]
+    for name in "ab":
+        store.retire_node(f"gpu-{name}")
+    assert store.reserve("default") == 0
+    for waiting in (job_id, wide_id):
+        why = store.get_job(waiting).status_reason
+        assert "0 live with a GPU as planned; start such a worker, or submit the job again" in why
+    again = http.post("/jobs", json=train_spec()).json()
+    assert again["plan"]["device"] == "cpu" and store.reserve("default") == 1
+
+
+def test_without_a_live_worker_a_job_runs_on_whatever_joins(http: httpx2.Client, store: Store) -> None:
+    job_id = http.post("/jobs", json=train_spec()).json()["id"]
+    assert http.post("/jobs/plan", json=train_spec()).json()["device"] is None
+    store.register_node(gpu_node(1, "gpu"))
+    assert store.reserve("default") == 1 and store.get_job(job_id).nodes[0].node == "gpu"
 
 
 def test_workers_whose_runs_the_server_cannot_show_are_warned_of(

@@ -324,8 +324,8 @@ def test_a_mixed_pool_offers_the_device_that_is_asked_for(store: Store) -> None:
 
 def test_a_dead_node_gets_no_job_and_offers_no_hardware(store: Store) -> None:
     store.register_node(node("a", 2, 6))
-    hardware = store.pool_hardware("default")
-    assert hardware is not None and hardware.ranks == 6
+    offered = [store.pool_hardware("default", ranks=ranks) for ranks in (1, 3, 9)]
+    assert [hardware and hardware.ranks for hardware in offered] == [2, 6, 6]
     store.retire_node("a")
     submit(store)
     assert store.reserve("default") == 0

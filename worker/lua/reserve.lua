@@ -20,9 +20,11 @@ for _, node_id in ipairs(redis.call('ZRANGEBYSCORE', K.node_leases, time, '+inf'
   end
 end
 
+-- A job wants 'cpu', 'cuda', 'auto' (the plan knew no device), or 'any' (no work for a GPU).
 local function fitting(slots, job)
   for index, slot in ipairs(slots) do
-    if slot.hardware.ranks >= job.ranks and (job.device == 'auto' or job.device == slot.hardware.device) then
+    local suits = job.device == 'auto' or job.device == 'any' or job.device == slot.hardware.device
+    if slot.hardware.ranks >= job.ranks and suits then
       return index
     end
   end
@@ -69,6 +71,12 @@ local function explain(id, job, free)
   local elsewhere = job.root and #roots > (roots[job.root] and 1 or 0)
   if elsewhere and live < job.wanted then count = count .. ' with its run directory' end
   local why = slots .. ranks .. ' of pool ' .. pool .. ', ' .. count
+  local other = {wanted = job.wanted, ranks = job.ranks, root = job.root, device = 'auto'}
+  if live < job.wanted and #picks_for(other, 'slots') >= job.wanted then
+    -- the pool could run it if the device did not matter: the one it was planned for left, or never was there
+    local kind = job.device == 'cuda' and 'GPU' or 'CPU'
+    why = why .. ' with a ' .. kind .. ' as planned; start such a worker, or submit the job again to plan it anew'
+  end
   if string.sub(job.reason, 1, #why + 7) ~= why .. ' since ' then
     local clock = string.format('%02d:%02d', math.floor(time / 3600) % 24, math.floor(time / 60) % 60)
     redis.call('HSET', K.job .. id, 'status_reason', why .. ' since ' .. clock .. ' UTC')
