@@ -116,7 +116,7 @@ def _check_init(spec: TrainSpec, init: InitSpec, settings: Settings) -> None:
         run = _run_with_weights(source, pointer, settings, exported_too=True)
         if not (run.path / "config.json").exists():
             newest, step, _ = run.complete_checkpoints()[-1]
-            refuse_another_run(spec, init, json.loads((newest / "state.json").read_text())["spec"], step)
+            refuse_another_run(spec, init, json.loads((newest / "state.json").read_text("utf-8"))["spec"], step)
             return
         read = partial(_read_inside, run.path, settings)
     if init.optimizer:

@@ -27,8 +27,8 @@ def write_card(folder: Path, spec: PublishSpec, subject: Trained, checked: str) 
     dataset = read_dataset(datasets_root(), subject.spec.data.dataset)
     assert dataset is not None
     scored = _scored(subject)
-    (folder / "trainmaster.json").write_text(subject.spec.model_dump_json(indent=2) + "\n")
-    (folder / "dataset.json").write_text(dataset.model_dump_json(indent=2) + "\n")
+    (folder / "trainmaster.json").write_text(subject.spec.model_dump_json(indent=2) + "\n", "utf-8")
+    (folder / "dataset.json").write_text(dataset.model_dump_json(indent=2) + "\n", "utf-8")
     draw_loss(subject.run, folder / "loss.png")
     entries = [
         EvalResultEntry(dataset_id=REPO, task_id="default", value=round(100 * value, 2), notes=_notes(name))
@@ -39,8 +39,8 @@ def write_card(folder: Path, spec: PublishSpec, subject: Trained, checked: str) 
     if entries:
         (folder / ".eval_results").mkdir(exist_ok=True)
         text = yaml.safe_dump(entries_to_yaml(entries), sort_keys=False)
-        (folder / ".eval_results" / "hellaswag.yaml").write_text(text)
-    (folder / "README.md").write_text(_card(spec, subject, dataset, scored, checked))
+        (folder / ".eval_results" / "hellaswag.yaml").write_text(text, "utf-8")
+    (folder / "README.md").write_text(_card(spec, subject, dataset, scored, checked), "utf-8")
     for path in folder.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
 
@@ -49,7 +49,7 @@ def _scored(subject: Trained) -> list[Scored]:
     """Results at this step, in training and by eval jobs since; of a task scored twice the later ones."""
     found = [e for e in subject.run.events() if isinstance(e, Scored)]
     for path in sorted(subject.run.evaluations.glob("*.json")):
-        found += [Scored.model_validate(event) for event in json.loads(path.read_text())]
+        found += [Scored.model_validate(event) for event in json.loads(path.read_text("utf-8"))]
     latest = {e.task: e for e in sorted(found, key=lambda e: e.time) if e.step == subject.checkpoint.step}
     return [latest[task] for task in sorted(latest)]
 

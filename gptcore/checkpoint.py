@@ -34,7 +34,7 @@ class Checkpoint:
     attempt: int
 
     def meta(self) -> dict[str, Any]:
-        meta: dict[str, Any] = json.loads((self.path / "state.json").read_text())
+        meta: dict[str, Any] = json.loads((self.path / "state.json").read_text("utf-8"))
         return meta
 
     def state(self) -> TrainState:
@@ -126,7 +126,7 @@ class Saver:
                 write_tensors(weights, beside / "model.safetensors")
                 write_tensors(moments, beside / "optimizer.safetensors")
                 meta["sizes"] = {p.name: p.stat().st_size for p in sorted(beside.iterdir())}
-                (beside / "state.json").write_text(json.dumps(meta))
+                (beside / "state.json").write_text(json.dumps(meta), "utf-8")
                 for path in (*beside.iterdir(), beside):
                     _sync(path)
                 beside.rename(final)

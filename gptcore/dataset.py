@@ -76,7 +76,7 @@ def read_dataset(root: Path, name: str) -> Dataset | None:
     if not path.is_file():
         return None
     try:
-        return Dataset.model_validate_json(path.read_text())
+        return Dataset.model_validate_json(path.read_text("utf-8"))
     except ValidationError as error:
         raise refusal("/data/dataset", f"{path} is not a dataset.json: {error}") from error
 

@@ -125,7 +125,7 @@ def prepare(
     with exclusive(root / f".{name}.lock"):  # of two that prepare the same dataset the second finds it made
         final, folder = root / name, root / f".{name}.preparing"
         made, as_before = final / "settings.json", settings | {"source": source.fingerprint}  # until November 2026
-        known = made.is_file() and json.loads(made.read_text()) in (settings, as_before)
+        known = made.is_file() and json.loads(made.read_text("utf-8")) in (settings, as_before)
         if known and (done := read_dataset(root, name)):
             return done
         if final.exists():
@@ -275,7 +275,7 @@ def _saved_state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What an interrupted call with the same settings left; else an empty folder and {}."""
     path = folder / "state.json"
     if path.is_file():
-        state: dict[str, Any] = json.loads(path.read_text())
+        state: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if state["settings"] == settings:
             return state
     shutil.rmtree(folder, ignore_errors=True)

@@ -13,8 +13,9 @@ def python_module(module: str, *arguments: str) -> list[str]:
     """Return the command that runs one of our modules.
 
     Without -P, Python would import a file `worker.py` or `api.py` of the working directory in place of our package.
+    Without -X utf8, it would read and write files in the encoding of the user's locale.
     """
-    return [sys.executable, "-P", "-m", module, *arguments]
+    return [sys.executable, "-P", "-X", "utf8", "-m", module, *arguments]
 
 
 def die_with_parent(signum: int = signal.SIGTERM, parent_pid: int | None = None) -> None:

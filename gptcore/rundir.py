@@ -13,8 +13,19 @@ from gptcore.events import Failed, parse_event, read_lines
 
 
 def home() -> Path:
-    """Where all state lives: `TRAINMASTER_HOME`, else `~/.trainmaster`."""
-    return Path(os.environ.get("TRAINMASTER_HOME") or "~/.trainmaster").expanduser().absolute()
+    """Return where all state lives: `TRAINMASTER_HOME`, else `~/.trainmaster`."""
+    return resolve_home(os.environ.get("TRAINMASTER_HOME", ""))
+
+
+def resolve_home(given: str) -> Path:
+    """Return the home that `given` names, by default ~/.trainmaster, without symbolic links: one home has one spelling.
+
+    Raises ValueError where the user has no home directory.
+    """
+    try:
+        return Path(given or "~/.trainmaster").expanduser().resolve()
+    except RuntimeError as error:
+        raise ValueError(f"{error}; set TRAINMASTER_HOME to a folder that this user can write") from error
 
 
 def runs_root() -> Path:
@@ -47,7 +58,7 @@ class Attempt:
 
     def told(self) -> str:
         """What the stop file says; empty where there is none."""
-        return self.stop.read_text().strip() if self.stop.exists() else ""
+        return self.stop.read_text("utf-8").strip() if self.stop.exists() else ""
 
     def leave_word(self, rank: int, failed: Failed) -> None:
         """Says why a rank broke that writes no events; the first, whose events they are, may be past hearing it."""
@@ -55,7 +66,7 @@ class Attempt:
 
     def word_left(self) -> Failed | None:
         """What the rank that broke first left."""
-        left = [Failed.model_validate_json(path.read_text()) for path in self.path.glob("failed-rank-*.json")]
+        left = [Failed.model_validate_json(path.read_text("utf-8")) for path in self.path.glob("failed-rank-*.json")]
         return min(left, key=lambda failed: failed.time, default=None)
 
     @property
@@ -80,7 +91,7 @@ class RunDir:
 
     def owner(self) -> str:
         """The id of the job whose run this is; empty where nobody said so."""
-        return self.owner_mark.read_text() if self.owner_mark.exists() else ""
+        return self.owner_mark.read_text("utf-8") if self.owner_mark.exists() else ""
 
     @property
     def checkpoints(self) -> Path:
@@ -143,7 +154,7 @@ class RunDir:
 
 def _has_noted_sizes(checkpoint: Path) -> bool:
     try:
-        sizes = json.loads((checkpoint / "state.json").read_text())["sizes"]
+        sizes = json.loads((checkpoint / "state.json").read_text("utf-8"))["sizes"]
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False

@@ -391,9 +391,9 @@ def parse_spec(data: object) -> AnySpec:
 
 
 def read_spec(path: Path) -> AnySpec:
-    """A spec from a JSON file. Raises SpecError, also for text that is not JSON."""
+    """Return the spec of a JSON file in UTF-8. Raises SpecError, also for text that is not JSON."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text("utf-8-sig"))  # Windows editors write a byte-order mark
     except ValueError as error:
         raise refusal("", f"{path} is not JSON: {error}") from error
     return parse_spec(data)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -134,7 +135,9 @@ def prepare(
     if len(given) != 1:
         wrong = " and ".join(f"--{kind}" for kind in given) + " exclude each other"
         raise typer.BadParameter(wrong if given else "give --text, --jsonl, --parquet, --shards or --hub")
-    datasets = Settings.from_environment().datasets
+    settings = Settings.from_environment()
+    settings.make_home()
+    datasets = settings.datasets
     try:
         if shards:
             dataset = adopt_shards(datasets, name, shards, tokenizer)
@@ -145,7 +148,7 @@ def prepare(
     except (OSError, ValueError, httpx2.TransportError) as error:  # a file, a spec, the Hub
         raise Mistake(f"{hub}: {error}" if hub else str(error)) from error
     if as_json:
-        typer.echo(dataset.model_dump_json())
+        typer.echo(json.dumps(dataset.model_dump(mode="json")))
         return
     rows = [(s, f"{getattr(dataset, s).tokens:,} tokens") for s in ("train", "val")]
     console.print(facts(f"dataset {name}", [*rows, ("in a spec", f'"data": {{"dataset": "{name}"}}')]))
@@ -333,6 +336,9 @@ def _status(job: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run a command; what a user can mend is said in a line or two, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for what it lacks
     try:
         app()
     except SpecError as error:
@@ -360,24 +366,27 @@ def _run_stack(**options: Any) -> None:
     settings = Settings.from_environment()
     try:
         with interruptible(), Stack(settings, own_redis=not _redis_is_given(), **options) as stack:
-            _say_where(stack, settings.home)
+            _say_where(stack, settings)
             stack.wait()
     except KeyboardInterrupt:
         console.print("stopped")
 
 
-def _say_where(stack: "Stack", home: Path) -> None:
+def _say_where(stack: "Stack", settings: Settings) -> None:
     from worker.keyring import MARKER, KeyRing
 
     if stack.url:
         console.print(f"trainmaster is up at [link]{stack.url}[/link]  (API and page; Ctrl-C stops it)")
-        with closing(KeyRing(stack.redis_url, home)) as ring:
+        with closing(KeyRing(stack.redis_url, settings.home)) as ring:
             if not ring.are_required():
                 console.print("there is no API key: only this machine can reach it (trainmaster keys create)")
             elif ring.is_empty():
-                way_out = f"trainmaster keys create me --scope admin, or delete {home / MARKER} to use it without keys"
+                marker = settings.home / MARKER
+                way_out = f"trainmaster keys create me --scope admin, or delete {marker} to use it without keys"
                 console.print(f"its API keys are gone, so it refuses requests: {way_out}", markup=False, soft_wrap=True)
-    console.print(f"runs, datasets, Redis and logs are in {home}", markup=False, soft_wrap=True)
+    console.print(f"runs, datasets, Redis and logs are in {settings.home}", markup=False, soft_wrap=True)
+    if warning := settings.open_to_others():
+        errors.print(f"warning: {warning}", markup=False, style="yellow", soft_wrap=True)
 
 
 def _read_spec(file: str) -> dict[str, Any]:
@@ -387,10 +396,13 @@ def _read_spec(file: str) -> dict[str, Any]:
 
         return fetch_spec(file)
     try:
-        spec = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text())
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        spec = json.loads(data.decode("utf-8-sig"))  # Windows editors write a byte-order mark
         json.dumps(spec, allow_nan=False, ensure_ascii=False).encode()  # Python reads more than JSON has
     except OSError as error:
         raise Mistake(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise Mistake(f"{file} is not UTF-8: {error}; save it in that encoding") from error
     except (ValueError, RecursionError) as error:
         raise Mistake(f"{file} is not JSON: {error}") from error
     if not isinstance(spec, dict):

@@ -68,7 +68,7 @@ def run_demo(settings: Settings, url: str | None, own_redis: bool, as_json: bool
         console.print("interrupted: the job is cancelled, nothing is left running")
         return INTERRUPTED
     if as_json:
-        typer.echo(result.model_dump_json())
+        typer.echo(json.dumps(result.model_dump(mode="json")))
     else:
         _print(result, console)
     if problem:
@@ -78,7 +78,7 @@ def run_demo(settings: Settings, url: str | None, own_redis: bool, as_json: bool
 
 def _train(client: Client, console: Console) -> dict[str, Any]:
     """Submit the demo's spec and follow it → the job as it ended."""
-    job = client.submit(json.loads(SPEC.read_text()))
+    job = client.submit(json.loads(SPEC.read_text("utf-8")))
     console.print(f"{job['id']}: {SPEC.parent.name}/{SPEC.name}, {client.url}/")
     try:
         follow(client.events(job["id"]), job, console)
@@ -117,7 +117,7 @@ def _load_and_sample(export: Path) -> tuple[str | None, str]:
     parent = os.getpid()
     command = python_module("trainmaster.cli", "sample", str(export), "--prompt=def ", "--json")
     done = subprocess.run(
-        command, capture_output=True, text=True, start_new_session=True,
+        command, capture_output=True, encoding="utf-8", errors="replace", start_new_session=True,
         preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent),
     )  # fmt: skip
     if done.returncode != 0:

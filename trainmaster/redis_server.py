@@ -98,7 +98,9 @@ class RedisServer:
     def _read_configuration(self) -> tuple[int, str] | None:
         if not self._configuration.is_file():
             return None
-        settings = dict(re.findall(r"^(port|requirepass) (\S+)$", self._configuration.read_text(), re.MULTILINE))
+        settings = dict(
+            re.findall(r"^(port|requirepass) (\S+)$", os.fsdecode(self._configuration.read_bytes()), re.MULTILINE)
+        )
         return (int(settings["port"]), settings["requirepass"]) if len(settings) == 2 else None
 
     def _write_configuration(self) -> Path:
@@ -106,7 +108,7 @@ class RedisServer:
         text = CONFIGURATION.format(port=_free_port(port), password=password, folder=self._folder)
         beside = self._configuration.with_suffix(".new")
         beside.touch(mode=0o600)
-        beside.write_text(text)
+        beside.write_bytes(os.fsencode(text))
         beside.replace(self._configuration)
         return self._configuration
 

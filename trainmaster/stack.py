@@ -19,7 +19,7 @@ from trainmaster.part import Part, PartFailed
 from trainmaster.redis_server import RedisServer, answers
 from trainmaster.serve import listen
 from worker.place import agent_lock
-from worker.processes import kill
+from worker.processes import holder_of, kill
 from worker.settings import Settings
 
 START_SECONDS = 60.0
@@ -50,7 +50,8 @@ class Stack:
 
     def __enter__(self) -> Self:
         adopt_orphans()  # what a killed worker leaves behind becomes our child: see close
-        (self._settings.home / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._settings.make_home()
+        (self._settings.home / "logs").mkdir(mode=0o700, exist_ok=True)
         try:
             self._wait_until(self._redis_answers, "Redis")
             self._take_api()
@@ -174,6 +175,9 @@ class Stack:
             self._check_parts()
             if time.monotonic() > deadline:
                 tails = "".join(part.log_tail() for part in self._parts)
+                if self._wanted_worker and not self._runs("worker"):
+                    lock = agent_lock(self._settings)
+                    tails += f"\nanother worker{holder_of(lock)} holds {lock}"
                 raise PartFailed(f"{what} was not ready within {START_SECONDS:.0f} s{tails}")
             time.sleep(POLL_SECONDS)
 

@@ -16,7 +16,7 @@ from types import FrameType
 
 import psutil
 
-from gptcore.locks import is_held, take
+from gptcore.locks import is_held, open_lock, take
 from gptcore.procs import python_module
 from worker import tasks
 from worker.connection import AWAY, connect
@@ -24,7 +24,7 @@ from worker.doorbell import Doorbell
 from worker.hardware import find_slots
 from worker.job import Node, Slot
 from worker.place import agent_lock, node_id, runs_root_id, slot_lock
-from worker.processes import kill, lives
+from worker.processes import holder_of, kill, lives
 from worker.settings import Settings
 from worker.shipper import ship_rest
 from worker.store import Store
@@ -204,11 +204,15 @@ def main(settings: Settings | None = None) -> int:
     """Run an agent; the exit code. Two on one home would share one node's name: the second is refused."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     settings = settings or Settings.from_environment()
-    settings.runs.mkdir(parents=True, exist_ok=True)
-    with agent_lock(settings).open("a") as lock:
+    settings.make_home()
+    if warning := settings.open_to_others():
+        log.warning("%s", warning)
+    settings.runs.mkdir(exist_ok=True)
+    with open_lock(agent_lock(settings)) as lock:
         if not take(lock.fileno()):
             way_out = "stop it, or set another TRAINMASTER_NODE or TRAINMASTER_HOME"
-            log.error("another worker runs on %s as node %s; %s", settings.home, node_id(settings), way_out)
+            who, node = holder_of(agent_lock(settings)), node_id(settings)
+            log.error("another worker%s runs on %s as node %s; %s", who, settings.home, node, way_out)
             return 1
         try:
             agent = Agent(settings)

@@ -39,6 +39,6 @@ def scripts() -> dict[str, str]:
     allowed = {start: dict.fromkeys(ends, True) for start, ends in TRANSITIONS.items()}
     tables = {"K": KEYS, "ALLOWED": allowed, "TERMINAL": dict.fromkeys(sorted(TERMINAL_STATUSES), True)}
     lines = [f"local {table} = cjson.decode([==[{json.dumps(value)}]==])" for table, value in tables.items()]
-    parts = {file.name.removesuffix(".lua"): file.read_text() for file in (files("worker") / "lua").iterdir()}
+    parts = {file.name.removesuffix(".lua"): file.read_text("utf-8") for file in (files("worker") / "lua").iterdir()}
     before = "\n".join([*lines, parts.pop("shared")])
     return {name: f"{before}\n{text}" for name, text in parts.items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 from shutil import disk_usage
 
 from gptcore.events import Failed, Finished, JsonlReport, Notice
-from gptcore.locks import shared, take
+from gptcore.locks import open_lock, shared, take
 from gptcore.rundir import RunDir, write_atomically
 from gptcore.spec import AnySpec, PublishSpec, SpecError, parse_spec, read_spec
 from worker import processes, trainer
@@ -148,7 +148,7 @@ class Launcher:
         earlier = [attempt for attempt in self._run_dir.attempts() if attempt.number < self._attempt.number]
         folders = [attempt.path for attempt in earlier]
         kill_at = time.monotonic() + self._settings.grace_seconds
-        held_by_others = [(attempt, locks.enter_context(attempt.lock.open("a")).fileno()) for attempt in earlier]
+        held_by_others = [(attempt, locks.enter_context(open_lock(attempt.lock)).fileno()) for attempt in earlier]
         while True:
             told = bool(self._heed())
             held_by_others = [(attempt, lock) for attempt, lock in held_by_others if not take(lock)]

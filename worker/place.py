@@ -14,7 +14,7 @@ from worker.settings import Settings
 def node_id(settings: Settings) -> str:
     """Stable over restarts, and another one for another home on the same machine; or as TRAINMASTER_NODE says."""
     host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().split(".")[0])
-    return settings.node or f"{host}-{hashlib.sha256(str(settings.home).encode()).hexdigest()[:4]}"
+    return settings.node or f"{host}-{hashlib.sha256(os.fsencode(settings.home)).hexdigest()[:4]}"
 
 
 def node_address(settings: Settings) -> str:

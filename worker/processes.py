@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from gptcore.locks import holder
 from gptcore.procs import die_with_parent
 from worker.job import Ticket
 
@@ -111,6 +112,17 @@ def _boot_id() -> str:
     """Of this machine since it started; elsewhere than on Linux its name must do."""
     file = Path("/proc/sys/kernel/random/boot_id")
     return file.read_text().strip() if file.exists() else socket.gethostname()
+
+
+def holder_of(lock: Path) -> str:
+    """Return " (process 123 of trainer)" for whoever holds the lock, "" where the system does not say."""
+    pid = holder(lock)
+    if pid is None:
+        return ""
+    try:
+        return f" (process {pid} of {psutil.Process(pid).username()})"
+    except psutil.NoSuchProcess:
+        return f" (process {pid})"
 
 
 def kill(*processes: psutil.Process) -> None:

@@ -1,5 +1,6 @@
 """The environment, read in one place. The worker, the API and the command line all take `Settings`."""
 
+import errno
 import ipaddress
 import os
 import re
@@ -8,10 +9,12 @@ from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
+
+from gptcore.rundir import resolve_home
 
 
 class BadSetting(ValueError):
@@ -43,6 +46,7 @@ class Settings:
 
     home: Path  # redis/ runs/ datasets/
     redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_password_file: str = ""  # holds the password of redis_url, which then has it: no child needs the file
     url: str = "http://127.0.0.1:8000"  # of the server that the command line talks to
     hosts: tuple[HostName, ...] = ()  # names and addresses that a server answers to, besides its URL's
     api_key: str = Field(default="", repr=False)  # that the command line and the client send
@@ -72,6 +76,22 @@ class Settings:
         hosts = {host_of(self.url.rpartition("://")[2].partition("/")[0]), *map(host_of, self.hosts)}
         return frozenset(host for host in hosts if host and not is_loopback(host))
 
+    def make_home(self) -> None:
+        """Make the home, for its owner alone. Raises BadSetting where that cannot be."""
+        try:
+            self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not os.access(self.home, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            why = f"{self.home} cannot be written ({error.strerror})"
+            raise BadSetting(f"{why}; set TRAINMASTER_HOME to a folder that this user can write") from error
+
+    def open_to_others(self) -> str:
+        """Return a warning where other users of this machine can enter the home, else ""."""
+        if not self.home.stat().st_mode & 0o077:
+            return ""
+        return f"other users of this machine can enter {self.home}; chmod 700 keeps its runs and locks to its owner"
+
     def refuses_repo(self, repo: str) -> str:
         """Why nothing may be published to owner/name; "" where it may."""
         owner = repo.partition("/")[0]
@@ -90,7 +110,13 @@ class Settings:
             if near := get_close_matches(name, known, n=1, cutoff=0.93):
                 raise BadSetting(f"{name} is not read by anything; use {near[0]}, or unset it")
         given: dict[str, Any] = {f.name: text for f in fields(cls) if (text := env.get(_variable(f.name), "").strip())}
-        given["home"] = Path(given.get("home", "~/.trainmaster")).expanduser().absolute()
+        try:
+            given["home"] = resolve_home(given.get("home", ""))
+        except ValueError as error:
+            raise BadSetting(str(error)) from error
+        if file := given.get("redis_password_file"):
+            given["redis_url"] = _with_password(given.get("redis_url", cls.redis_url), file)
+            given["redis_password_file"] = ""
         for name in ("hf_namespaces", "hosts"):
             given[name] = tuple(filter(None, re.split(r"[,\s]+", given.get(name, ""))))
         try:
@@ -105,6 +131,18 @@ class Settings:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "api_key"}
         values |= {name: ",".join(values[name]) for name in ("hf_namespaces", "hosts")}
         return {_variable(name): str(value) for name, value in values.items()}
+
+
+def _with_password(url: str, file: str) -> str:
+    """Return a Redis URL with the password in `file`, unless it has one. Raises BadSetting."""
+    scheme, _, rest = url.partition("://")
+    if "@" in rest:
+        return url
+    try:
+        password = Path(file).read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise BadSetting(f"TRAINMASTER_REDIS_PASSWORD_FILE {file!r} cannot be read: {error}") from error
+    return f"{scheme}://:{quote(password, safe='')}@{rest}"
 
 
 def _variable(field: str) -> str:

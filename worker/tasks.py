@@ -31,7 +31,7 @@ from worker.connection import AWAY, connect
 from worker.hold import TICK_SECONDS, draining
 from worker.job import JobError, Slot, Ticket
 from worker.place import agent_lock, slot_lock
-from worker.processes import HOME, SLOT, kill, living
+from worker.processes import HOME, SLOT, holder_of, kill, living
 from worker.settings import Settings
 from worker.shipper import ship_rest
 from worker.store import Store, Superseded
@@ -161,7 +161,7 @@ def serving(settings: Settings, slot: Slot) -> psutil.Process | None:
     lock = slot_lock(settings, slot.id)
     if not lock.exists() or not is_held(lock):
         return None
-    pid, _, record = lock.read_text().partition("\n")
+    pid, _, record = lock.read_text("utf-8").partition("\n")
     if not pid.isdecimal() or not psutil.pid_exists(int(pid)) or record != slot.model_dump_json():
         return None
     return psutil.Process(int(pid))
@@ -172,14 +172,16 @@ def main(slot: Slot) -> None:
     settings = Settings.from_environment()
     lock = slot_lock(settings, slot.id)
     lock.parent.mkdir(exist_ok=True)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    if is_held(lock):
+        logging.warning("slot %s waits for %s, which another worker%s holds", slot.id, lock, holder_of(lock))
     with exclusive(lock):
-        lock.write_text(f"{os.getpid()}\n{slot.model_dump_json()}")
+        lock.write_text(f"{os.getpid()}\n{slot.model_dump_json()}", "utf-8")
         clear_slot(slot.id, settings)
         if sys.platform == "linux":
             os.sched_setaffinity(0, slot.cores)
         # nvidia-smi counts along the PCI bus; CUDA's own default puts the fastest first
         os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, slot.gpus))}
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
         try:
             worker = SlotWorker(
                 [slot.id],

@@ -17,7 +17,9 @@ MODULES = {
     "prepare": "gptcore.prepare_job", "publish": "gptcore.publish_job",
 }  # fmt: skip
 # the job system's, none of a trainer's business
-_PRIVATE = ("TRAINMASTER_REDIS_URL", "TRAINMASTER_API_KEY", "TRAINMASTER_TRAINER")
+_PRIVATE = frozenset(
+    {"TRAINMASTER_REDIS_URL", "TRAINMASTER_REDIS_PASSWORD_FILE", "TRAINMASTER_API_KEY", "TRAINMASTER_TRAINER"}
+)
 # Set by a launcher that started the worker itself (torchrun, accelerate, mpirun, a Kubernetes training operator) and
 # read by torch, accelerate or transformers. In a job they would name a rank and a meeting point that are not the job's.
 _OUTER_LAUNCHER = frozenset({
@@ -66,8 +68,9 @@ def environment(spec: AnySpec, settings: Settings) -> dict[str, str]:
     # wake too late for the next small product: libgomp's look a thousand times first (docs/decisions.md)
     patient = {} if "OMP_WAIT_POLICY" in inherited else {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
     ours = {"TRAINMASTER_HOME": str(settings.home), "OMP_NUM_THREADS": str(threads)}
-    # no file of the working directory is imported in place of a module, by torchrun's ranks neither
-    return patient | inherited | ours | {"PYTHONSAFEPATH": "1"}
+    # for torchrun's ranks too: import nothing from the working directory, and use UTF-8 whatever the locale
+    python = {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
+    return patient | inherited | ours | python
 
 
 def _is_inherited(name: str) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gptcore.locks import exclusive, is_held, shared
+from gptcore.locks import LOCKS, exclusive, holder, is_held, shared
 
 
 def test_locks_exclude_each_other_as_they_should(tmp_path: Path) -> None:
@@ -15,6 +15,17 @@ def test_locks_exclude_each_other_as_they_should(tmp_path: Path) -> None:
     with exclusive(path):
         assert is_held(path)
     assert not is_held(path)
+
+
+def test_a_lock_file_is_its_owners_alone_and_names_who_holds_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch(0o644)  # as earlier versions made it
+    assert holder(path) is None
+    with exclusive(path):
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert holder(path) == (os.getpid() if LOCKS.exists() else None)
+    with shared(tmp_path / "new"):
+        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_lock_is_asked_for_as_nfs_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import httpx2
 import pytest
 from rich.console import Console
 
+from gptcore.spec import read_spec
 from tests.conftest import free_port, wait_until
 from tests.trainmaster.conftest import Start, run
 from trainmaster import Client
@@ -52,6 +53,21 @@ def test_plan_reads_standard_input_and_shows_a_table(home: Path) -> None:
     done = run("plan", "-", stdin=demo_spec(max_steps=7))
     assert done.returncode == 0
     assert "7 of 8,192 tokens" in done.stdout
+
+
+def test_a_spec_is_read_as_utf8_whatever_the_locale_and_with_a_byte_order_mark(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}.items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "spec.json"
+    spec = {**json.loads(demo_spec()), "labels": {"text": "größer"}}
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(spec, ensure_ascii=False).encode())
+    assert json.loads(run("plan", str(file), "--json").stdout)["spec"]["labels"] == spec["labels"]
+    assert read_spec(file).labels == spec["labels"]
+    file.write_bytes(demo_spec(name="x").encode("utf-16"))
+    done = run("plan", str(file))
+    assert done.returncode == 1 and f"{file} is not UTF-8: " in done.stderr, done.stderr
 
 
 def test_a_spec_that_cannot_run_is_refused_field_by_field(home: Path) -> None:
@@ -174,7 +190,11 @@ NOT_TO_BE_USED: dict[str, tuple[dict[str, str], list[str], str]] = {
         "the server at http://127.0.0.1:1 cannot be reached: [Errno 111] Connection refused; "
         "start it with `trainmaster up`, or set TRAINMASTER_URL or --url",
     ),
-    "a home that is a file": ({"HOME": "/etc/passwd"}, ["up"], "Not a directory: '/etc/passwd/logs'"),
+    "a home that is a file": (
+        {"HOME": "/etc/passwd"},
+        ["up"],
+        "/etc/passwd cannot be written (File exists); set TRAINMASTER_HOME to",
+    ),
     "the Hub's dataset": ({}, ["prepare", "mine", "--hub", "me/mine"], "me/mine: "),
     "the Hub's model": ({}, ["sample", "hf://me/mine"], "me/mine: "),
 }

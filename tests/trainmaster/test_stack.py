@@ -57,18 +57,24 @@ def test_a_job_goes_through_the_stack_by_command_beside_files_named_like_our_pac
         Path(f"{name}.py").write_text(f"raise SystemExit('the file {name}.py of the working directory was imported')")
     up, client = start_up()
     spec = tmp_path / "tiny.json"
-    spec.write_text(json.dumps({**TINY, "evaluate": {**TINY["evaluate"], "final_tasks": ["val_loss"]}}))
+    spec.write_text(
+        json.dumps(
+            {**TINY, "labels": {"text": "größer"}, "evaluate": {**TINY["evaluate"], "final_tasks": ["val_loss"]}}
+        )
+    )
     url = ["--url", client.url]
 
     planned = json.loads(run("plan", str(spec), *url, "--json").stdout)
     here = json.loads(run("plan", str(spec), "--json").stdout)
     assert planned["plan"]["total_tokens"] == here["plan"]["total_tokens"] == 512
 
-    watched = run("submit", str(spec), "--name", "mine", "--watch", *url)
+    with monkeypatch.context() as terminal:
+        terminal.setenv("PYTHONIOENCODING", "ascii")
+        watched = run("submit", str(spec), "--name", "mine", "--watch", *url)
     assert watched.returncode == 0, watched.stdout + watched.stderr
     job_id = watched.stdout.split()[0]
     assert "step 4: " in watched.stdout and watched.stdout.count("succeeded") == 2  # the run, and its evaluation
-    assert "bits_per_byte" in watched.stdout
+    assert "bits_per_byte" in watched.stdout and "gr??er" in watched.stdout
 
     shown = json.loads(run("show", job_id, *url, "--json").stdout)
     assert (shown["name"], shown["status"], shown["step"]) == ("mine", "succeeded", 4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from worker.hardware import GpuMemory, find_slots, gpus
-from worker.place import node_address, runs_root_id
+from worker.place import node_address, node_id, runs_root_id
 from worker.settings import BadSetting, Settings
 from worker.trainer import slot_cores
 
@@ -99,6 +99,45 @@ def test_settings_survive_the_way_through_an_environment() -> None:
 def test_a_bad_variable_is_named(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{name} '{value}'"):
         Settings.from_environment({name: value})
+
+
+def test_a_home_under_two_spellings_is_one_node(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    one, other = (
+        Settings.from_environment({"TRAINMASTER_HOME": str(tmp_path / name)}) for name in ("home", "link/../link")
+    )
+    assert one == other and node_id(one) == node_id(other)
+
+
+def test_a_user_without_a_home_directory_is_told_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # not in /etc/passwd
+    with pytest.raises(BadSetting, match="set TRAINMASTER_HOME to a folder"):
+        Settings.from_environment({})
+    for home in ("/proc/.trainmaster", "/etc/passwd"):  # as HOME=/ is to most users; a file
+        with pytest.raises(BadSetting, match=f"{home} cannot be written .*; set TRAINMASTER_HOME"):
+            Settings(home=Path(home)).make_home()
+
+
+def test_a_new_home_is_its_owners_alone_and_an_open_one_is_warned_of(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path / "home")
+    settings.make_home()
+    assert settings.home.stat().st_mode & 0o777 == 0o700 and settings.open_to_others() == ""
+    settings.home.chmod(0o755)
+    settings.make_home()
+    assert "chmod 700 keeps" in settings.open_to_others()
+
+
+def test_the_password_of_redis_may_lie_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("a/b c\n")
+    given = {"TRAINMASTER_REDIS_PASSWORD_FILE": str(tmp_path / "password"), "TRAINMASTER_REDIS_URL": "redis://box:1/0"}
+    settings = Settings.from_environment(given)
+    assert settings.redis_url == "redis://:a%2Fb%20c@box:1/0"
+    assert Settings.from_environment(given | settings.to_environment()) == settings
+    (tmp_path / "password").unlink()
+    with pytest.raises(BadSetting, match=r"TRAINMASTER_REDIS_PASSWORD_FILE .* cannot be read"):
+        Settings.from_environment(given)
 
 
 @pytest.mark.parametrize(("misspelt", "meant"), [("SLOT", "SLOTS"), ("REDIS_URI", "REDIS_URL"), ("APIKEY", "API_KEY")])
