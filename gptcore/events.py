@@ -6,6 +6,7 @@ starts at 1 in each attempt and `{attempt}-{seq}` is an event's id everywhere.
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -211,6 +212,7 @@ Event = Annotated[
 ]  # fmt: skip
 EVENT: TypeAdapter[Any] = TypeAdapter(Event)
 TERMINAL = (Finished, Stopped, Failed)
+BLOCK_BYTES = 1 << 16
 
 Report = Callable[[EventBase], None]
 
@@ -224,9 +226,10 @@ class JsonlReport:
     def __init__(self, path: Path, attempt: int):
         self._attempt = attempt
         self._file = path.open("a", encoding="utf-8")
-        ends = [end for end, _ in read_lines(path)]
-        self._seq = len(ends)
-        self._file.truncate(ends[-1] if ends else 0)  # a torn line would swallow the next
+        # a torn line would swallow the next
+        self._file.truncate(next((end for end, _ in read_lines_backwards(path)), 0))
+        newest = last_event(path)
+        self._seq = newest.seq if newest else _count_lines(path)
 
     def __call__(self, event: EventBase) -> None:
         self._seq += 1
@@ -249,6 +252,37 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, str]]:
                 return
             offset += len(line)
             yield offset, line.decode("utf-8", "replace").rstrip("\n")
+
+
+def read_lines_backwards(path: Path) -> Iterator[tuple[int, str]]:
+    """Complete lines, the last one first, each with the offset behind it."""
+    with path.open("rb") as file:
+        begin = file.seek(0, os.SEEK_END)
+        tail = b""  # from `begin` on, as far as it was not given yet
+        torn = True  # what follows the file's last line break
+        while begin > 0:
+            block = min(begin, BLOCK_BYTES)
+            begin = file.seek(begin - block)
+            tail = file.read(block) + tail
+            while (cut := tail.rfind(b"\n", 0, len(tail) if torn else len(tail) - 1)) >= 0:
+                if not torn:
+                    yield begin + len(tail), tail[cut + 1 :].decode("utf-8", "replace").rstrip("\n")
+                torn, tail = False, tail[: cut + 1]
+        if tail and not torn:
+            yield len(tail), tail.decode("utf-8", "replace").rstrip("\n")
+
+
+def last_event(path: Path) -> Any:
+    """Return the newest event in a file; None for no file, or if its last line is damaged or of a later version."""
+    with suppress(FileNotFoundError, ValueError):
+        for _, line in read_lines_backwards(path):
+            return parse_event(line)
+    return None
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK_BYTES), b""))
 
 
 def parse_event(line: str) -> Any:

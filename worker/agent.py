@@ -22,11 +22,10 @@ from worker import tasks
 from worker.connection import AWAY, connect
 from worker.doorbell import Doorbell
 from worker.hardware import find_slots
-from worker.job import Node, Slot
+from worker.job import Node
 from worker.place import agent_lock, node_id, runs_root_id, slot_lock
 from worker.processes import holder_of, kill, lives
 from worker.settings import Settings
-from worker.shipper import ship_rest
 from worker.store import Store
 
 TICK_SECONDS = 0.5  # between two looks at the workers, and for an end that is asked for
@@ -53,6 +52,7 @@ class Agent:
         self._workers: dict[str, psutil.Process] = {}
         self._started_at: dict[str, float] = {}
         self._hung_since: dict[str, float] = {}
+        self._rest: psutil.Popen | None = None  # ships what lost attempts left
         self._seen_at = self._swept_at = float("-inf")
         self._doorbell: Doorbell | None = None
         self._look = True  # at the queue
@@ -102,10 +102,10 @@ class Agent:
                 log.warning("Redis: %s", what)
         if time.monotonic() - self._seen_at > HEARTBEAT_SECONDS:
             self._store.register_node(self._node)
-            for job_id, attempt in self._store.expired():
-                ship_rest(self._store, self._settings.runs, job_id, attempt)
             for job_id in self._store.lose_expired(self._settings.max_attempts):
                 log.warning("%s: its attempt showed no sign of life and is given up", job_id)
+            if not (self._rest and lives(self._rest)) and self._store.unshipped(self._node.runs_root):
+                self._rest = self._start("worker.rest")  # never here: a long run takes longer than a lease
             self._seen_at, self._look = time.monotonic(), True
         if time.monotonic() - self._swept_at > SWEEP_SECONDS:
             self._end_hung()
@@ -141,7 +141,7 @@ class Agent:
                 continue
             if worker is not None:
                 log.warning("the worker of slot %s ended and is started again", slot.id)
-            self._workers[slot.id] = self._start_worker(slot)
+            self._workers[slot.id] = self._start("worker.tasks", slot.model_dump_json())
             self._started_at[slot.id] = time.monotonic()
 
     def _end_hung(self) -> None:
@@ -168,8 +168,8 @@ class Agent:
             return [] if launchers and self._store.holds(*holder) else launchers
         return []
 
-    def _start_worker(self, slot: Slot) -> psutil.Popen:
-        command = python_module("worker.tasks", slot.model_dump_json())
+    def _start(self, module: str, *arguments: str) -> psutil.Popen:
+        command = python_module(module, *arguments)
         environment = {**os.environ, **self._settings.to_environment()}
         # in a session of its own: Ctrl-C is for the agent, which then drains in order
         return psutil.Popen(command, env=environment, start_new_session=True)
@@ -181,6 +181,8 @@ class Agent:
         except AWAY as error:
             log.warning("Redis is away: %s", error)
         workers = [worker for worker in self._workers.values() if lives(worker)]
+        if self._rest and lives(self._rest):
+            kill(self._rest)  # any other agent goes on with it
         families = [*workers, *(child for worker in workers for child in worker.children(recursive=True))]
         for worker in workers:
             worker.terminate()

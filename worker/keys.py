@@ -20,6 +20,7 @@ KEYS = {
     "children": "trainmaster:children:",  # + id: set of the jobs that wait for that one's end
     # zset by end: job id of an attempt under way, and "id/node rank" of its part on each further node
     "leases": "trainmaster:leases",
+    "unshipped": "trainmaster:unshipped",  # set of job ids: an attempt was lost, and its last events may be missing
     "nodes": "trainmaster:nodes",  # hash: node id to its record
     "node_leases": "trainmaster:node_leases",  # zset: node id by its lease's end
     "drained": "trainmaster:drained",  # set of node ids that take no new job

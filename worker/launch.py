@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from shutil import disk_usage
 
-from gptcore.events import Failed, Finished, JsonlReport, Notice
+from gptcore.events import Failed, Finished, JsonlReport, Notice, last_event
 from gptcore.locks import open_lock, shared, take
 from gptcore.rundir import RunDir, write_atomically
 from gptcore.spec import AnySpec, PublishSpec, SpecError, parse_spec, read_spec
@@ -31,6 +31,7 @@ from worker.shipper import BATCH_EVENTS, Shipper
 from worker.store import CLAIM_SECONDS, Store, Superseded
 
 SHIP_SECONDS = 0.5  # at least between two shipments: each costs both sides half a millisecond
+CATCH_UP_SECONDS = 5.0  # for what earlier attempts left; what takes longer is shipped while the trainer runs
 LEAST_BYTES = 2**20  # free for a job that saves no checkpoint
 MAY_PASS = ("crash", "disk_full", "unavailable")  # of a trainer's own reasons to fail: by another attempt
 LOG_LINES = 40  # the last of a failed trainer's, in the job's error
@@ -79,8 +80,10 @@ class Launcher:
         try:
             self._run(parse_spec(self._job.spec))
         except SpecError as error:
+            self._ship_what_is_left()
             self._fail("invalid_spec", str(error))
         except OSError as error:  # a full disk, a runs root that cannot be written: the job says so
+            self._ship_what_is_left()
             if error.errno in (errno.ENOSPC, errno.EDQUOT):  # until there is room no attempt counts as one that failed
                 self._give_up("disk_full", f"{error}; free some space for {self._settings.runs}", most=0)
             else:
@@ -92,14 +95,16 @@ class Launcher:
             message = f"{self._run_dir.path} is the run directory of {owner}; move it away and submit the job again"
             return self._fail("foreign_run_dir", message)
         if isinstance(spec, PublishSpec) and (message := self._settings.refuses_repo(spec.repo)):
+            self._ship_what_is_left()
             return self._fail("invalid_spec", message)
         self._need_room()
         if not self._claim_folder():
             return None
         with ExitStack() as locks:
             clear = self._outlast(locks)
-            self._ship_all()  # what earlier launchers could not any more
-            if self._shipper.finished:
+            finished = self._finished_before()
+            self._ship_all(CATCH_UP_SECONDS if clear and not finished else float("inf"))
+            if finished or self._shipper.finished:
                 return self._finish("succeeded", "finished in an earlier attempt")
             if clear:
                 locks.enter_context(shared(self._attempt.lock))
@@ -162,6 +167,13 @@ class Launcher:
                 processes.kill(*left)
             time.sleep(TICK_SECONDS)
 
+    def _finished_before(self) -> bool:
+        """Whether an earlier attempt finished the run, by the last event of each."""
+        for attempt in self._run_dir.attempts():
+            if attempt.number < self._attempt.number and isinstance(last_event(attempt.events), Finished):
+                return True
+        return False
+
     # ---- during
 
     def _train(self, spec: AnySpec) -> None:
@@ -202,7 +214,7 @@ class Launcher:
         if self._hung and not word and self._pass_on("pause"):  # one that is only slow leaves with a checkpoint
             tree.show_stacks()
             tree.end_within(self._settings.grace_seconds)
-        if self._shipper.progress.outcome is not None:  # it said its last word
+        if self._shipper.outcome is not None:  # it said its last word
             tree.end_within(self._settings.grace_seconds)
 
     def _pass_on_word_left(self) -> None:
@@ -211,7 +223,7 @@ class Launcher:
         A crash may be no more than the echo of the first one's own end, so it stays in the log.
         """
         word = self._attempt.word_left()
-        if word is not None and word.reason != "crash" and self._shipper.progress.outcome is None:
+        if word is not None and word.reason != "crash" and self._shipper.outcome is None:
             report = JsonlReport(self._attempt.events, self._attempt.number)
             report(word)
             report.close()
@@ -254,15 +266,27 @@ class Launcher:
         if (silent_seconds := time.monotonic() - self._ship_at) < 0:
             return
         with suppress(*AWAY, Superseded):  # the next renewal tells whether another attempt has the job
-            sent = self._shipper.send("running", self._ticket.slot, ran_seconds=self._ran_seconds())
-            if sent:  # behind a whole batch more waits
+            began, sent = time.monotonic(), BATCH_EVENTS
+            while sent == BATCH_EVENTS and time.monotonic() < began + TICK_SECONDS:  # more waits after a whole batch
+                sent = self._shipper.send("running", self._ticket.slot, ran_seconds=self._ran_seconds())
+            if sent:
                 self._ship_at = time.monotonic() + (SHIP_SECONDS if sent < BATCH_EVENTS else 0)
             else:
                 self._hung = self._hung or self._shipper.progress.hang(silent_seconds, self._settings.hang_seconds)
 
-    def _ship_all(self) -> None:
+    def _ship_all(self, seconds: float = float("inf")) -> None:
+        """Ship every event of every attempt, or as many as `seconds` allow. The lease is held meanwhile."""
+        began = time.monotonic()
         while self._hold.insist(lambda: self._shipper.send(ran_seconds=self._ran_seconds())):
-            pass
+            self._hold.renew()
+            if time.monotonic() > began + seconds:
+                return
+
+    def _ship_what_is_left(self) -> None:
+        """Ship what earlier attempts left, as far as the disk can be read: the job may end with this attempt."""
+        if self._run_dir.owner() in ("", self._job.id):
+            with suppress(OSError):
+                self._ship_all()
 
     def _report(self, **fields: object) -> None:
         self._hold.insist(lambda: self._hold.store.report(self._job.id, self._ticket.attempt, fields))
@@ -271,7 +295,7 @@ class Launcher:
 
     def _conclude(self) -> None:
         """Say how the attempt ended. Nothing of it lives and all its events are shipped."""
-        outcome, step = self._shipper.progress.outcome, self._shipper.progress.step
+        outcome, step = self._shipper.outcome, self._shipper.progress.step
         if isinstance(outcome, Finished):  # also where a wish to stop came too late
             self._finish("succeeded", "")
         elif self._word == "cancel":

@@ -11,9 +11,11 @@ HANG_STEPS = 20  # of the slowest so far: a silence in training that long is non
 
 
 class Progress:
-    def __init__(self, total_steps: int | None):
+    """What one attempt's events say so far. `results`: the job's, of earlier attempts too."""
+
+    def __init__(self, total_steps: int | None, results: dict[str, float] | None = None):
         self._total_steps = total_steps
-        self._results: dict[str, float] = {}
+        self.results = results or {}
         self._first: events.Step | None = None
         self._recent: deque[events.Step] = deque(maxlen=RECENT_STEPS)
         self._phase, self._slowest_seconds = "", 0.0
@@ -49,11 +51,11 @@ class Progress:
             case events.Evaluated() if event.best:
                 return {"best_checkpoint": BestCheckpoint(step=event.step, val_loss=event.val_loss)}
             case events.Scored():
-                self._results |= event.results
-                return {"results": self._results}
+                self.results = self.results | event.results
+                return {"results": self.results}
             case events.Verified():
-                self._results |= {f"publish_{name}": value for name, value in event.numbers.items()}
-                return {"results": self._results}
+                self.results = self.results | {f"publish_{name}": value for name, value in event.numbers.items()}
+                return {"results": self.results}
             case events.Published():
                 return {"published": event.model_dump(mode="json", exclude={"type", "attempt", "seq"})}
             case events.Checkpointed():

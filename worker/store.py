@@ -259,6 +259,16 @@ class Store(Connected):
             [(change.id, change.model_dump_json()) for change in changes_of(changes)],
         )
 
+    def shipped(self, job_id: str) -> tuple[str, int | None, dict[str, float]]:
+        """Return the id of the newest event, where its line begins in its file, and the job's results so far.
+
+        The offset (bytes) is None if the job's record does not tell it for this very event.
+        """
+        cursor, results = self._redis.hmget(KEYS["job"] + job_id, "shipped", "results")
+        newest = self.last_event(job_id)
+        event, _, offset = (cursor or "").partition(" ")
+        return newest, int(offset) if event == newest else None, json.loads(results or "{}")
+
     def last_event(self, job_id: str) -> str:
         """The id of the newest event there is; "0-0" where there is none."""
         newest = self._redis.xrevrange(KEYS["events"] + job_id, count=1)
@@ -353,22 +363,55 @@ class Store(Connected):
             if Ticket.model_validate_json(text) == ticket:
                 self._redis.lrem(KEYS["outbox"], 0, text)
 
-    def expired(self) -> list[tuple[str, int]]:
-        """Job and attempt of each of which a lease ran out and that was not given up yet."""
-        ids = {who.partition("/")[0] for who in self._redis.zrangebyscore(KEYS["leases"], "-inf", self._now())}
-        attempts = [(job_id, self._redis.hget(KEYS["job"] + job_id, "attempt")) for job_id in ids]
-        return [(job_id, int(attempt)) for job_id, attempt in attempts if attempt]
-
     def lose_expired(self, max_attempts: int) -> list[str]:
-        """Give up every attempt of which a lease ran out; the jobs' ids."""
-        return list(self._run("lose", LEASE_SECONDS, max_attempts, "scheduler", "", "", ""))
+        """Give up every attempt that lost a lease, if another one follows it at once; return the jobs' ids.
 
-    def lose(self, job_id: str, attempt: int, max_attempts: int, error: JobError, *, who: str) -> None:
+        The others stay in `unshipped` until `lose_shipped`.
+        """
+        return list(self._run("lose", LEASE_SECONDS, max_attempts, "scheduler", "", "", "", ""))
+
+    def lose(
+        self, job_id: str, attempt: int, max_attempts: int, error: JobError, *, who: str, shipped: bool = True
+    ) -> bool:
         """Give up an attempt known to be dead: another one follows, or the job fails with `error`.
 
         It fails once `max_attempts` were lost in a row without a new checkpoint; with 0 this one does not count.
+        Returns False, without a change of status, for an attempt that no other one follows and whose events were not
+        all `shipped`.
         """
-        self._run("lose", LEASE_SECONDS, max_attempts, who, error.model_dump_json(), job_id, str(attempt))
+        why = error.model_dump_json()
+        said = (max_attempts, who, why, job_id, str(attempt), "shipped" if shipped else "")
+        return bool(self._run("lose", LEASE_SECONDS, *said))
+
+    def lose_shipped(self, job_id: str, attempt: int, max_attempts: int) -> bool:
+        """Note that all events of a lost attempt were shipped, and give it up if that was not done yet."""
+        said = (max_attempts, "scheduler", "", job_id, str(attempt), "shipped")
+        return bool(self._run("lose", LEASE_SECONDS, *said))
+
+    def unshipped(self, runs_root: str) -> list[tuple[str, int]]:
+        """Return job and attempt of each lost attempt whose last events may not be in Redis yet.
+
+        Only of runs that lie in `runs_root`, or in a root that no live node has. A job that runs again is left out: its
+        launcher ships what earlier attempts left.
+        """
+        job_ids = self._redis.smembers(KEYS["unshipped"])
+        if not job_ids:
+            return []
+        now, found = self._now(), []
+        other_roots = {node.runs_root for node in self.list_nodes() if node.live} - {runs_root}
+        for job_id in sorted(job_ids):
+            attempt, root = self._redis.hmget(KEYS["job"] + job_id, "attempt", "root")
+            if attempt is None:  # the job was deleted
+                self._redis.srem(KEYS["unshipped"], job_id)
+            elif root not in other_roots and not self._is_leased(job_id, now):
+                found.append((job_id, int(attempt)))
+        return found
+
+    def _is_leased(self, job_id: str, now: float) -> bool:
+        """Whether an attempt runs and none of its leases ran out."""
+        ends = self._redis.zscore(KEYS["leases"], job_id)
+        ran_out = {who.partition("/")[0] for who in self._redis.zrangebyscore(KEYS["leases"], "-inf", now)}
+        return ends is not None and job_id not in ran_out
 
     def weaknesses(self) -> list[str]:
         """What in this Redis's settings may cost jobs that were acknowledged, and the way out."""

@@ -115,8 +115,10 @@ class SlotWorker(Worker):
         clear_slot(ticket.slot, settings, meanwhile=hold)
         error = JobError(reason="launcher_lost", message=message)
         if ticket.node_rank == 0:
-            ship_rest(store, settings.runs, ticket.job_id, ticket.attempt)
-            store.lose(ticket.job_id, ticket.attempt, settings.max_attempts, error, who=ticket.slot)
+            job_id, attempt, most = ticket.job_id, ticket.attempt, settings.max_attempts
+            if not store.lose(job_id, attempt, most, error, who=ticket.slot, shipped=False):
+                ship_rest(store, settings.runs, job_id, attempt, meanwhile=hold)
+                store.lose(job_id, attempt, most, error, who=ticket.slot)
         else:
             store.leave(ticket.job_id, ticket.attempt, ticket.node_rank, f"slot {ticket.slot}: {message}")
         store.close()

@@ -32,8 +32,10 @@ from worker.connection import AWAY
 from worker.hold import ASK_SECONDS, Hold
 from worker.job import Job, JobError, Ticket
 from worker.keys import KEYS
+from worker.launch import Launcher
 from worker.progress import Progress
 from worker.settings import Settings
+from worker.shipper import Shipper
 from worker.store import Store
 from worker.tasks import FUNCTION, TicketJob
 
@@ -357,6 +359,63 @@ def test_an_event_that_cannot_be_read_stops_nobody(store: Store, fake: Settings,
     assert ended(store, job_id).status == "succeeded"
     assert worker.process.poll() is None and "Traceback" not in worker.log()
     assert [line + "\n" for line in shipped(store, job_id)[:2]] == lines
+
+
+def left_by_a_dead_launcher(store: Store, settings: Settings, events: int) -> str:
+    """A job whose first attempt wrote so many steps, none of them shipped. Its node is gone."""
+    store.register_node(node("gone", 1))
+    job_id = submit_long(store)
+    start(store, job_id)
+    attempt = RunDir(settings.runs / job_id).claim_attempt()
+    steps = (step_event(n).model_copy(update={"attempt": 1, "seq": n}) for n in range(1, events + 1))
+    attempt.events.write_text("".join(step.model_dump_json() + "\n" for step in steps))
+    return job_id
+
+
+def test_a_shipper_begins_where_the_last_one_ended(store: Store, fake: Settings) -> None:
+    job_id = left_by_a_dead_launcher(store, fake, 700)
+    run = RunDir(fake.runs / job_id)
+
+    def sent() -> list[int]:
+        shipper = Shipper(store, job_id, run, 1, None)
+        return [*iter(shipper.send, 0)]
+
+    assert sent() == [500, 200]
+    assert sent() == [1] and shipped(store, job_id) == written(fake, job_id)  # the newest event, read once more
+    store._redis.delete(KEYS["events"] + job_id)  # an older state came back, and its record is of another time
+    store.ship(job_id, 1, "0-0", [("1-1", written(fake, job_id)[0])], {})
+    assert sent() == [500, 200] and shipped(store, job_id) == written(fake, job_id)
+    store._redis.hset(KEYS["job"] + job_id, "shipped", "1-700 7")  # not where a line begins
+    assert sent() == [500, 200] and shipped(store, job_id) == written(fake, job_id)
+
+
+def test_a_launcher_holds_its_lease_while_it_ships_and_trains_before_it_has_shipped_all(
+    store: Store, fake: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = left_by_a_dead_launcher(store, fake, 1200)
+    store.lose(job_id, 1, 3, JobError(reason="lost", message="killed"), who="scheduler")
+    hold = Hold(store, start(store, job_id), grace_seconds=1.0)
+    renewed: list[float] = []
+    renew = store.renew
+    monkeypatch.setattr(store, "renew", lambda *args: renewed.append(1) or renew(*args))
+    launcher = Launcher(fake, hold)
+    launcher._ship_all(0.0)
+    assert len(shipped(store, job_id)) == 500 and len(renewed) == 1
+    launcher._ship_all()
+    assert len(shipped(store, job_id)) == 1200
+
+
+def test_an_agent_has_the_events_of_a_lost_attempt_shipped_before_the_job_ends(store: Store, fake: Settings) -> None:
+    job_id = left_by_a_dead_launcher(store, fake, 3000)
+    store.request_cancel(job_id)
+    store._redis.zadd(KEYS["leases"], {job_id: 1.0})
+    agent = Agent(fake)
+    agent._serve()  # it only starts the process that ships
+    assert store.get_job(job_id).status == "cancelling"
+    assert ended(store, job_id).status == "cancelled"
+    assert shipped(store, job_id) == written(fake, job_id) and store._redis.scard(KEYS["unshipped"]) == 0
+    assert agent._rest is not None and agent._rest.wait(10) == 0
+    agent._store.close()
 
 
 def test_an_agent_at_fault_leaves_its_workers_to_the_next(fake: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

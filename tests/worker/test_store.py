@@ -224,6 +224,46 @@ def test_an_older_attempt_writes_nothing(store: Store) -> None:
     assert store.get_job(job_id).step == 0
 
 
+def test_a_lost_attempt_that_none_follows_is_given_up_once_its_events_are_shipped(store: Store) -> None:
+    store.register_node(node("a", 1))
+    cases = ((store.request_cancel, "cancelled", 3), (store.request_pause, "paused", 3), (None, "failed", 1))
+    for wish, end, most in cases:
+        job_id = submit(store)
+        start(store, job_id)
+        if wish is not None:
+            wish(job_id)
+        let_leases_run_out(store)
+        for _ in range(2):
+            assert store.lose_expired(most) == []
+            assert store.unshipped("") == [(job_id, 1)]
+        assert store.ship(job_id, 1, "0-0", [("1-1", "last")], {}) is None
+        assert store.lose_shipped(job_id, 1, most)
+        assert (store.get_job(job_id).status, store.unshipped("")) == (end, [])
+        with pytest.raises(Superseded):
+            store.ship(job_id, 1, "1-1", [("1-2", "late")], {})
+
+
+def test_what_a_lost_attempt_left_may_be_shipped_until_the_next_one_is_placed(store: Store) -> None:
+    store.register_node(node("a", 1))
+    job_id = submit(store)
+    start(store, job_id)
+    let_leases_run_out(store)
+    assert store.lose_expired(max_attempts=3) == [job_id]
+    assert store.unshipped("") == [(job_id, 1)]
+    store.register_node(node("b", 1, pool="other").model_copy(update={"runs_root": "b"}))
+    store._redis.hset(KEYS["job"] + job_id, "root", "b")
+    assert store.unshipped("a") == [] and store.unshipped("b") == [(job_id, 1)]
+    store._redis.hdel(KEYS["job"] + job_id, "root")
+    assert store.ship(job_id, 1, "0-0", [("1-1", "left")], {"step": 5}) is None
+    start(store, job_id)
+    assert store.unshipped("") == []  # its launcher ships what is left
+    with pytest.raises(Superseded):
+        store.ship(job_id, 1, "1-1", [("1-2", "late")], {})
+    assert not store.lose_shipped(job_id, 1, max_attempts=1)
+    let_leases_run_out(store)
+    assert store.unshipped("") == [(job_id, 2)]
+
+
 def test_attempts_lost_in_a_row_end_the_job_and_unclaimed_ones_do_not_count(store: Store) -> None:
     store.register_node(node("a", 1))
     job_id = submit(store)
@@ -419,7 +459,6 @@ def test_a_member_that_is_silent_ends_the_attempt_and_is_named(store: Store) -> 
     first, second = store.outbox()
     assert store.claim(first, "boot")
     store._redis.zadd(KEYS["leases"], {f"{job_id}/1": 1.0})
-    assert store.expired() == [(job_id, 1)]  # what is left of its events is shipped first
     assert store.lose_expired(max_attempts=1) == [job_id]  # it never began: no failure of the job's
     store._redis.delete(KEYS["deaf"])
     assert store.get_job(job_id).status_reason == "no worker of node b took attempt 1"
@@ -443,7 +482,6 @@ def test_an_attempt_is_given_up_once_though_all_its_leases_ran_out(store: Store)
     assert store.reserve("default") == 1
     assert all(store.claim(ticket, "boot") for ticket in store.outbox())
     store._redis.zadd(KEYS["leases"], {job_id: 1.0, f"{job_id}/1": 1.0})
-    assert store.expired() == [(job_id, 1)]
     assert store.lose_expired(max_attempts=2) == [job_id]
     assert store.get_job(job_id).status == "recovering"
 
@@ -455,7 +493,7 @@ def test_a_record_that_redis_lost_alone_harms_no_other_job(store: Store) -> None
     start(store, ran)
     store._redis.delete(KEYS["job"] + waits, KEYS["job"] + ran)
     let_leases_run_out(store)
-    assert store.expired() == [] and store.lose_expired(max_attempts=3) == []
+    assert store.unshipped("") == [] and store.lose_expired(max_attempts=3) == []
     assert store.reserve("default") == 1 and store.get_job(other).status == "starting"
     assert store.census().statuses == {"starting": 1}
     assert [job.id for job in store.list_jobs().data] == [other]

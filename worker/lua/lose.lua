@@ -1,8 +1,10 @@
--- lease seconds, attempts lost in a row that end a job (0: this one does not count), who, error as JSON, id and
--- attempt or '' ''
--- → ids of the attempts given up. With an id: that launcher or trainer is known to be dead.
--- Without: every attempt of which a lease ran out, the error made here.
-local lease, most, who, failure, only, attempt = tonumber(ARGV[1]), tonumber(ARGV[2]), unpack(ARGV, 3)
+-- lease seconds, attempts lost in a row that end a job (0: this one does not count), who, error as JSON or '',
+-- id and attempt or '' '', 'shipped' or '' → ids of the jobs whose attempt was given up.
+-- Without an id: every attempt of which a lease ran out; the error is made here. With an id and an error: that launcher
+-- or trainer is known to be dead. With an id and no error: that attempt, if a lease of it ran out.
+-- 'shipped': all events of the attempt are in Redis. Otherwise the job is noted in K.unshipped, and an attempt that no
+-- other one follows at once is not given up before its events were shipped: an ended job's stream is complete.
+local lease, most, who, failure, only, attempt, shipped = tonumber(ARGV[1]), tonumber(ARGV[2]), unpack(ARGV, 3)
 local time, given_up, deaf_seconds = now(), {}, 5
 
 -- Why an attempt is lost whose lease for this node ran out.
@@ -23,7 +25,17 @@ local function cause(id, rank)
   return {reason = 'node_lost', message = 'node ' .. node .. ' was lost'}
 end
 
+-- Whether no other attempt follows this one at once.
+local function is_last(id, why)
+  local status, failures = unpack(redis.call('HMGET', K.job .. id, 'status', 'failures'))
+  if status == 'cancelling' or status == 'pausing' then return true end
+  return not why.unclaimed and most > 0 and tonumber(failures or 0) + 1 >= most
+end
+
 local function give_up(id, why)
+  local last = is_last(id, why)
+  if shipped == '' and (last or not why.unclaimed) then redis.call('SADD', K.unshipped, id) end
+  if shipped == '' and last then return end
   table.insert(given_up, id)
   if why.unclaimed then return conclude(id, 'recovering', who, why.unclaimed) end
   local job = K.job .. id
@@ -47,8 +59,22 @@ local function give_up(id, why)
   end
 end
 
+-- The node rank of a lease of this job that ran out; nil if none did.
+local function expired_rank(id)
+  for _, allocation in ipairs(cjson.decode(redis.call('HGET', K.job .. id, 'nodes') or '[]')) do
+    local ends = redis.call('ZSCORE', K.leases, holder(id, allocation.node_rank))
+    if ends and tonumber(ends) <= time then return allocation.node_rank end
+  end
+end
+
 if only ~= '' then
-  if holds(only, attempt) then give_up(only, cjson.decode(failure)) end
+  local rank = failure == '' and settled(lease) and expired_rank(only)
+  if holds(only, attempt) and (failure ~= '' or rank) then
+    give_up(only, failure ~= '' and cjson.decode(failure) or cause(only, rank))
+  end
+  local current, status = unpack(redis.call('HMGET', K.job .. only, 'attempt', 'status'))
+  if shipped ~= '' and current == attempt then redis.call('SREM', K.unshipped, only) end
+  if TERMINAL[status] then expire_events(only) end
 elseif settled(lease) then
   for _, lost in ipairs(redis.call('ZRANGEBYSCORE', K.leases, '-inf', time)) do
     local id, rank = string.match(lost, '^([^/]+)/?(%d*)$')

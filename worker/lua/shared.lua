@@ -62,6 +62,9 @@ local function await(id, other)
   redis.call('HSET', K.job .. id, 'waits_for', other, 'status_reason', 'waits for ' .. other)
 end
 
+-- Redis forgets the events of an ended job after a month; the run directory keeps them.
+local function expire_events(id) redis.call('EXPIRE', K.events .. id, 30 * 86400) end
+
 -- Changes a job's status and says so in its stream; false where the table forbids it. Jobs that wait for
 -- one that ended are queued, or cancelled with it; one that only follows it is queued either way.
 local move
@@ -73,7 +76,7 @@ function move(id, to, who, why)
   note(id, from, to, who, why)
   if TERMINAL[to] then
     redis.call('HSET', job, 'finished_at', stamp(now()))
-    redis.call('EXPIRE', K.events .. id, 30 * 86400)  -- the run directory keeps them
+    expire_events(id)
     for _, child in ipairs(redis.call('SMEMBERS', K.children .. id)) do
       local follows, status = unpack(redis.call('HMGET', K.job .. child, 'follows', 'status'))
       local before = follows and follows ~= id and redis.call('HGET', K.job .. follows, 'status')

@@ -1,8 +1,12 @@
 -- id, holder, who, status or '', id of the event before, most to keep, number of events, then id and JSON of each,
 -- then fields → 'shipped'; the newest id there is where it is older than the event before (an older state was
--- restored: ship from there again); false when another attempt has the job. Events there already are passed over.
+-- restored: ship from there again); false when another attempt has the job. Events there already are passed over; the
+-- fields are set unless all events were there already. An attempt that was given up with events left may still ship
+-- them, until the next attempt is placed.
 local id, holder, who, to, before, most, count = unpack(ARGV)
-if not holds(id, holder) then return false end
+local leased = holds(id, holder)
+local left = tonumber(count) > 0 and redis.call('SISMEMBER', K.unshipped, id) == 1
+if not leased and not (left and redis.call('HGET', K.job .. id, 'attempt') == holder) then return false end
 
 -- where an event stands among all: exact, as no attempt has four thousand million
 local function place(event)
@@ -19,6 +23,8 @@ for index = 8, behind, 2 do
   end
 end
 -- a status that the table forbids now (someone asked to cancel meanwhile) is passed over
-if to ~= '' then move(id, to, who, '') end
-if #ARGV > behind then redis.call('HSET', K.job .. id, unpack(ARGV, behind + 1)) end
+if leased and to ~= '' then move(id, to, who, '') end
+local new = behind == 7 or place(ARGV[behind - 1]) > place(known)
+if new and #ARGV > behind then redis.call('HSET', K.job .. id, unpack(ARGV, behind + 1)) end
+if not leased then redis.call('HDEL', K.job .. id, 'eta_seconds', 'phase') end
 return 'shipped'

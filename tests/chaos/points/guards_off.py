@@ -57,12 +57,12 @@ def _no_retries(connection: Any) -> None:
 def _last_event_first(launch: Any) -> None:
     ship_all = launch.Launcher._ship_all
 
-    def changed(self: Any) -> None:
+    def changed(self: Any, *args: Any) -> None:
         ship = self._hold.store.ship
         self._hold.store.ship = lambda job_id, attempt, before, events, fields, **named: ship(
             job_id, attempt, "0-0", [], fields, **named
         )
-        ship_all(self)
+        ship_all(self, *args)
         self._hold.store.ship = ship
 
     launch.Launcher._ship_all = changed
@@ -104,12 +104,12 @@ def _kill_after_grace(processes: Any) -> None:
 def _reship(shipper: Any) -> None:
     begin = shipper.Shipper._begin
 
-    def changed(self: Any, known: str) -> None:
-        begin(self, known)
+    def changed(self: Any) -> None:
+        begin(self)
         self._turn_to(self._holder)
 
     shipper.Shipper._begin = changed
-    _replaced(shipper, "ship_rest", lambda *_: None)
+    _replaced(shipper, "ship_rest", lambda *_, **named: None)
 
 
 def _patience(holder: Any) -> None:
