@@ -26,7 +26,7 @@ from gptcore.presets import PRESETS
 from gptcore.rundir import RunDir
 from worker.deletion import delete_job
 from worker.job import Job, JobPage, Node, Status, StatusChange
-from worker.keyring import AuditEntry, KeyRing
+from worker.keyring import AUDIT, AuditEntry, AuditKind, KeyRing
 from worker.settings import Settings
 from worker.store import Store
 
@@ -305,9 +305,10 @@ def change_worker(node_id: str, change: NodeChange, services: With) -> Node:
 
 
 @router.get("/audit", tags=["service"])
-def audit(services: With, limit: Limit = 100) -> list[AuditEntry]:
-    """Who asked for what, reading aside, and what was done with keys: newest first."""
-    return services.keys.audit(limit)
+def audit(services: With, kind: AuditKind | None = None, limit: Limit = 100) -> list[AuditEntry]:
+    """Who asked for what, newest first: `administration` (keys, deletions, drained workers), other `requests` except
+    reading, and `refusals` for want of a key, equal ones of ten seconds counted together."""
+    return services.keys.audit([kind] if kind else AUDIT, limit)
 
 
 @router.head("/healthz", include_in_schema=False)

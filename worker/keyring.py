@@ -5,6 +5,7 @@ import hmac
 import logging
 import os
 import secrets
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,7 +16,12 @@ from worker.keys import KEYS
 
 Scope = Literal["read", "submit", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)  # each may do what those before it may
-AUDIT_KEPT = 10_000
+AuditKind = Literal["administration", "requests", "refusals"]
+# kind of entry to the name of its stream's key and how many of the newest it keeps
+AUDIT: dict[AuditKind, tuple[str, int]] = {
+    "administration": ("audit_administration", 10_000), "requests": ("audit", 10_000),
+    "refusals": ("audit_refusals", 1_000),
+}  # fmt: skip
 MARKER = "has-api-keys"  # a file in the home: whoever deletes it opens a local server that has no key
 
 log = logging.getLogger(__name__)
@@ -35,13 +41,16 @@ class Key(Record):
 
 
 class AuditEntry(Record):
-    """What was asked of the server beside reading, or done to its keys."""
+    """What was asked of the server beside reading, what it refused, or what was done to its keys."""
 
+    kind: AuditKind
     id: str
     time: datetime
-    who: str  # "key ID", "anyone" on a server without keys, "command line"
+    who: str  # "key ID", "anyone" on a server without keys, "command line", or the address of one without a key
     what: str
     outcome: str
+    job_id: str | None = None
+    count: int = 1  # refusals: how many requests like this one
 
 
 class KeyRing(Connected):
@@ -57,12 +66,12 @@ class KeyRing(Connected):
         key_id, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
         key = Key(id=key_id, name=name, scope=scope, created_at=datetime.now(UTC), sha256=_sha256(secret))
         self._redis.hset(KEYS["keys"], key_id, key.model_dump_json())
-        self.record("command line", f"create key {key_id} ({scope})", "created")
+        self.record("administration", "command line", f"create key {key_id} ({scope})", "created")
         return key, f"tm_{key_id}_{secret}"
 
     def create_first(self, path: Path) -> None:
         """Where there never was a key, make an admin's and leave it in a file that only its owner reads."""
-        if self.is_empty() and not self._redis.exists(KEYS["audit"]):
+        if self.is_empty() and not self._redis.exists(KEYS["audit"], KEYS["audit_administration"]):
             path.unlink(missing_ok=True)  # of a key that a Redis now gone knew
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(self.create("first", "admin")[1] + "\n")
@@ -99,7 +108,7 @@ class KeyRing(Connected):
         """Whether there was such a key."""
         revoked = bool(self._redis.hdel(KEYS["keys"], key_id))
         if revoked:
-            self.record("command line", f"revoke key {key_id}", "revoked")
+            self.record("administration", "command line", f"revoke key {key_id}", "revoked")
         return revoked
 
     def find(self, text: str) -> Key | None:
@@ -114,15 +123,22 @@ class KeyRing(Connected):
         self._mark()
         return key
 
-    def record(self, who: str, what: str, outcome: str) -> None:
-        """Add to the audit; the newest entries are kept."""
-        entry = {"time": datetime.now(UTC).isoformat(), "who": who, "what": what, "outcome": outcome}
-        self._redis.xadd(KEYS["audit"], entry, maxlen=AUDIT_KEPT, approximate=True)
+    def record(
+        self, kind: AuditKind, who: str, what: str, outcome: str, job_id: str | None = None, count: int = 1
+    ) -> None:
+        """Add an entry to the audit. Each kind has a stream of its own, so that one cannot push out another."""
+        entry = {"time": datetime.now(UTC).isoformat(), "who": who, "what": what, "outcome": outcome, "count": count}
+        name, kept = AUDIT[kind]
+        self._redis.xadd(KEYS[name], entry | ({"job_id": job_id} if job_id else {}), maxlen=kept, approximate=True)
 
-    def audit(self, count: int = 100) -> list[AuditEntry]:
-        """Newest first."""
-        found = self._redis.xrevrange(KEYS["audit"], count=count)
-        return [AuditEntry.model_validate({"id": entry_id, **fields}) for entry_id, fields in found]
+    def audit(self, kinds: Iterable[AuditKind] = AUDIT, count: int = 100) -> list[AuditEntry]:
+        """Return the `count` newest entries of these kinds, newest first."""
+        entries = [
+            AuditEntry.model_validate({"kind": kind, "id": entry_id, **fields})
+            for kind in kinds
+            for entry_id, fields in self._redis.xrevrange(KEYS[AUDIT[kind][0]], count=count)
+        ]
+        return sorted(entries, key=lambda entry: entry.time, reverse=True)[:count]
 
 
 def _sha256(secret: str) -> str:

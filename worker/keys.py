@@ -30,7 +30,10 @@ KEYS = {
     "tick": "trainmaster:tick",  # when an agent last looked for lost attempts
     "hold": "trainmaster:hold",  # until when nothing is given up or placed, after a gap in looking
     "keys": "trainmaster:keys",  # hash: id of an API key to its record, the secret hashed
-    "audit": "trainmaster:audit",  # stream of what was done with keys, the newest entries
+    # streams of what was asked of the API, the newest entries of each: nobody who may only submit writes the second
+    "audit": "trainmaster:audit",
+    "audit_administration": "trainmaster:audit:administration",
+    "audit_refusals": "trainmaster:audit:refusals",
     "doorbell": "trainmaster:doorbell",  # channel: something to schedule, or to stop
 }
 

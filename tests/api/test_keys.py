@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,18 @@ import httpx2
 import pytest
 import redis
 
-from tests.api.server import FakeRun, Server, train_spec
-from tests.conftest import status_changes
+from api import guard, refusals
+from tests.api.server import FakeRun, Server, step, train_spec
+from tests.conftest import status_changes, wait_until
 from trainmaster import Client, TrainmasterError
 from trainmaster.mistake import Mistake
 from trainmaster.serve import listen
-from worker.keyring import MARKER, SCOPES, KeyRing, Scope
+from worker import keyring
+from worker.keyring import AUDIT, MARKER, SCOPES, AuditKind, KeyRing, Scope
 from worker.settings import Settings
 from worker.store import Store
 
+STREAM = {"Accept": "text/event-stream"}
 Ask = Callable[..., httpx2.Response]
 
 
@@ -186,10 +191,96 @@ def test_the_audit_says_who_did_what(http: httpx2.Client, ring: KeyRing, store: 
 
 def test_nobody_without_a_key_writes_the_audit(http: httpx2.Client, ring: KeyRing) -> None:
     ring.create("a", "read")
-    before = len(ring.audit())
+    kinds: tuple[AuditKind, ...] = ("administration", "requests")
+    before = len(ring.audit(kinds))
     for path in ("/", "/healthz", "/static/app.js", "/jobs"):
         assert http.post(path).status_code in (401, 405)
-    assert len(ring.audit()) == before
+    assert len(ring.audit(kinds)) == before
+
+
+def test_the_audit_names_the_job_that_was_submitted_or_changed(http: httpx2.Client, ring: KeyRing) -> None:
+    _, text = ring.create("mine", "admin")
+    job_id = http.post("/jobs", json=train_spec(), headers=bearer(text)).json()["id"]
+    http.post(f"/jobs/{job_id}/cancel", headers=bearer(text))
+    http.delete(f"/jobs/{job_id}", headers=bearer(text))
+    entries = http.get("/audit", headers=bearer(text)).json()
+    assert [(entry["kind"], entry["job_id"]) for entry in entries] == [
+        ("administration", job_id),
+        ("requests", job_id),
+        ("requests", job_id),
+        ("administration", None),
+    ]
+
+
+def test_a_submit_key_cannot_push_administration_out_of_the_audit(
+    http: httpx2.Client, ring: KeyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "SECONDS", 0.1)
+    monkeypatch.setattr(keyring, "AUDIT", {kind: (name, 10) for kind, (name, _) in AUDIT.items()})
+    admin, text = ring.create("mine", "admin")[1], ring.create("other", "submit")[1]
+    http.patch("/workers/none", json={"schedulable": False}, headers=bearer(admin))
+    for _ in range(250):
+        ring.record("requests", "key of scope submit", "POST /jobs/plan", "200")
+    for _ in range(30):
+        assert http.patch("/workers/none", json={"schedulable": True}, headers=bearer(text)).status_code == 403
+    entries = http.get("/audit?kind=administration", headers=bearer(admin)).json()
+    assert [entry["what"].partition(" ")[0] for entry in entries] == ["PATCH", "create", "create"]
+    assert len(http.get("/audit", params={"kind": "requests", "limit": 1000}, headers=bearer(admin)).json()) < 250
+
+
+def test_refused_requests_are_counted_together_in_the_audit(
+    http: httpx2.Client, ring: KeyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "SECONDS", 0.3)
+    key, text = ring.create("mine", "read")
+    for path in [*["/jobs"] * 20, "/workers"]:
+        http.get(path)
+    http.post("/jobs", json=train_spec(), headers=bearer(text))
+    http.get("/jobs", headers={"Host": "evil.example"})
+    wait_until(lambda: sum(entry.count for entry in ring.audit(["refusals"])) == 23)
+    newest = {(entry.who, entry.outcome): entry.what for entry in reversed(ring.audit(["refusals"]))}
+    assert newest == {
+        ("127.0.0.1", "401 key_missing"): "GET /workers",
+        (f"key {key.id}", "403 scope_too_small"): "POST /jobs",
+        ("127.0.0.1", "403 foreign_host"): "GET /jobs",
+    }
+    assert len(ring.audit(["refusals"])) <= 6  # of three kinds, in at most two spans of time
+
+
+def test_a_key_is_checked_while_slow_requests_hold_every_thread(
+    server: Server, ring: KeyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thaws, asked = threading.Event(), []
+    monkeypatch.setattr(Store, "get_job", lambda *_: asked.append(1) or thaws.wait(20))
+    headers = bearer(ring.create("mine", "read")[1])
+    limits = httpx2.Limits(max_connections=None)
+    with httpx2.Client(base_url=server.url, headers=headers, timeout=30, trust_env=False, limits=limits) as http:
+        with ThreadPoolExecutor(60) as pool:
+            waiting = [pool.submit(http.get, "/jobs/job-0/artifacts/x") for _ in range(60)]
+            try:
+                wait_until(lambda: len(asked) >= 40)
+                assert http.get("/no/such/path", timeout=5).status_code == 404
+                assert http.get("/no/such/path", timeout=5, headers=bearer("tm_x_y")).status_code == 401
+            finally:
+                thaws.set()
+    assert {one.result().status_code for one in waiting} == {404}
+
+
+def test_a_stream_ends_once_its_key_is_revoked(
+    http: httpx2.Client, ring: KeyRing, run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "RECHECK_SECONDS", 0.0)
+    run.write(step(1))
+    (key, text), _ = ring.create("lost", "read"), ring.create("kept", "read")
+    with http.stream("GET", f"/jobs/{run.id}/events", headers=bearer(text) | STREAM) as answer:
+        read = httpx2.EventSource(answer)
+        types = []
+        for event in read:
+            types.append(event.event)
+            if event.event == "step":
+                ring.revoke(key.id)
+                run.write(step(2))
+    assert types.count("step") == 1 and "end" not in types
 
 
 def test_the_first_key_is_made_once(ring: KeyRing, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from api.guard import MAX_BODY_BYTES
+from api.guard import KEY_THREADS, MAX_BODY_BYTES
 from tests.api.server import FakeRun, Server, train_spec
 from tests.conftest import free_port, wait_until
 from worker.keyring import KeyRing
@@ -285,7 +285,7 @@ def test_a_redis_that_hangs_does_not_keep_a_process_from_saying_that_it_lives(
         with ThreadPoolExecutor(60) as pool:
             waiting = [pool.submit(http.get, "/jobs") for _ in range(60)]
             try:
-                wait_until(lambda: len(asked) >= 40)
+                wait_until(lambda: len(asked) >= KEY_THREADS)
                 assert http.get("/healthz", timeout=2).status_code == 200
             finally:
                 thaws.set()
