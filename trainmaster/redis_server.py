@@ -17,6 +17,7 @@ from pathlib import Path
 import redis
 
 from gptcore.locks import take
+from trainmaster import append_only
 from trainmaster.mistake import Mistake
 from trainmaster.part import Part
 from worker.connection import AWAY
@@ -87,9 +88,14 @@ class RedisServer:
         try:
             if not take(lock):
                 return None
+            append_only.repair(self._folder)
             return Part("redis", [find_binary(), str(self._write_configuration())], log=self._log, pass_fds=[lock])
         finally:
             os.close(lock)  # the server keeps its own copy
+
+    def advice(self) -> str:
+        """Return what to do where the server does not start because its file is damaged, else ""."""
+        return append_only.advice(self._folder)
 
     @property
     def _configuration(self) -> Path:

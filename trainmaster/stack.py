@@ -53,7 +53,7 @@ class Stack:
         self._settings.make_home()
         (self._settings.home / "logs").mkdir(mode=0o700, exist_ok=True)
         try:
-            self._wait_until(self._redis_answers, "Redis")
+            self._wait_for_redis()
             self._take_api()
             self._take_worker()
             if self._wanted_api:
@@ -136,6 +136,14 @@ class Stack:
             return False
         self._settings = replace(self._settings, redis_url=url)
         return True
+
+    def _wait_for_redis(self) -> None:
+        try:
+            self._wait_until(self._redis_answers, "Redis")
+        except PartFailed as error:
+            if self._own_redis is not None and (advice := self._own_redis.advice()):
+                raise PartFailed(f"{error}\n{advice}") from error
+            raise
 
     def _take_api(self) -> None:
         """Start the API unless we run it."""

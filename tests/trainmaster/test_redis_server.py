@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from tests.conftest import wait_until
-from tests.trainmaster.conftest import processes_of
+from tests.trainmaster.conftest import processes_of, run
 from trainmaster.redis_server import RedisServer
 
 # a stack of Redis alone, in a process that can be killed
@@ -97,6 +97,31 @@ def test_when_the_owner_is_killed_another_takes_over_with_all_that_was_acknowled
         wait_until(lambda: first.pid not in [p.pid for p in servers(home)] and answers(client), 10)
         assert client.get("kept") == "yes"
     end(other)
+
+
+def test_a_damaged_end_of_the_append_only_file_is_cut_off_and_another_damage_is_explained(home: Path) -> None:
+    stack = start_stack()
+    wait_up(stack)
+    with connect(home) as client:
+        client.set("kept", "yes")
+    end(stack)
+    (file,) = (home / "redis" / "appendonlydir").glob("*.incr.aof")
+    with file.open("ab") as damaged:  # as a power loss leaves it: a part of a command, and blocks never written
+        damaged.write(b"*3\r\n$3\r\nSET\r\n$4\r\nlo" + bytes(8192))
+    size = file.stat().st_size
+    stack = start_stack()
+    wait_up(stack)
+    with connect(home) as client:
+        assert client.get("kept") == "yes"
+    end(stack)
+    assert (home / "redis" / f"{file.name}.damaged").stat().st_size == size
+
+    whole = file.stat().st_size
+    with file.open("ab") as damaged:  # a hole with commands behind it is for a person to judge
+        damaged.write(bytes(4096) + b"*2\r\n$3\r\nGET\r\n$4\r\nkept\r\n")
+    done = run("keys", "list")
+    assert done.returncode == 1
+    assert f"{file} is damaged from byte {whole:,} of " in done.stderr and f"truncate -s {whole} {file}" in done.stderr
 
 
 def test_a_killed_stack_leaves_no_server(home: Path) -> None:
