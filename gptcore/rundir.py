@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from gptcore.events import Failed, parse_event, read_lines
+from gptcore.events import Failed, Step, parse_event, read_lines, read_lines_backwards
 
 
 def home() -> Path:
@@ -140,6 +140,22 @@ class RunDir:
         for _, line in self.lines_behind(0, 0):
             with suppress(ValueError):
                 yield parse_event(line)
+
+    def losses_after(self, step: int, before_attempt: int) -> dict[int, float]:
+        """Return the training loss of each step after `step` that attempts before `before_attempt` ran last.
+
+        Their files are read from the end to that step, so the work does not grow with the length of the run.
+        """
+        losses: dict[int, float] = {}
+        earlier = [one for one in self.attempts() if one.number < before_attempt and one.events.exists()]
+        for _, line in (read for one in reversed(earlier) for read in read_lines_backwards(one.events)):
+            with suppress(ValueError):
+                event = parse_event(line)
+                if isinstance(event, Step):
+                    if event.step <= step:
+                        return losses
+                    losses.setdefault(event.step, event.train_loss)
+        return losses
 
     def lines_behind(self, attempt: int, seq: int) -> Iterator[tuple[str, str]]:
         """Id and JSON of the events behind {attempt}-{seq}: an attempt's event n is line n of its file."""

@@ -229,11 +229,7 @@ class Trainer:
             self._begin()
             return
         self._load(checkpoint)
-        self.replayed = {
-            e.step: e.train_loss
-            for e in (self.run.events() if self.dist.first else ())
-            if isinstance(e, events.Step) and e.step > self.state.step and e.attempt < self.attempt.number
-        }
+        self.replayed = self.run.losses_after(self.state.step, self.attempt.number) if self.dist.first else {}
         stored, now = self.state.probe_loss, self._probe_loss()
         assert stored is not None, "a checkpoint without its probe loss"
         self.report(
