@@ -1,13 +1,17 @@
 """The ASGI application, what stands around the routes, and the server around it."""
 
+import asyncio
+import logging
+import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from importlib.metadata import version
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
@@ -17,11 +21,15 @@ from api.hub import Hub
 from api.monitoring import Monitor, Observed
 from api.routes import STATIC, Services, router
 from api.series import run_cache
+from worker.connection import AWAY
 from worker.keyring import KeyRing
+from worker.schema import Schema, SchemaTooNew
 from worker.settings import Settings
 from worker.store import Store
 
 GRACE_SECONDS = 5  # for requests under way; streams are ended at once
+
+log = logging.getLogger(__name__)
 
 
 class Application(FastAPI):
@@ -54,7 +62,9 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        preparing = asyncio.create_task(_prepare_redis(settings.redis_url))
         yield
+        preparing.cancel()
         store.close()
         keys.close()
 
@@ -72,6 +82,19 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
     app.include_router(router, max_body_size=MAX_BODY_BYTES)  # of bodies that do not say their length
     app.mount("/static", StaticFiles(directory=STATIC))
     return app
+
+
+async def _prepare_redis(url: str) -> None:
+    """Bring what is in Redis up to date, as soon as Redis answers; end the server where it is of a newer version."""
+    with closing(Schema(url)) as schema:
+        while True:
+            try:
+                return await run_in_threadpool(schema.bring_up_to_date)
+            except AWAY:
+                await asyncio.sleep(1)
+            except SchemaTooNew as error:
+                log.error("%s", error)
+                return signal.raise_signal(signal.SIGTERM)
 
 
 class Server(uvicorn.Server):

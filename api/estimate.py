@@ -2,18 +2,19 @@
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from gptcore.plan import Estimate, Hardware, Plan, Range, peak_flops
 from gptcore.spec import TrainSpec
-from worker.job import Job
+from worker.record import likeness
 from worker.settings import Settings
-from worker.store import Store
+from worker.store import JobNotFound, Store
 
-RUNS_LOOKED_AT = 50
+RUNS_LOOKED_AT = 20  # the newest alike
 EVENTS_LOOKED_AT = 100  # at each end of a run's stream, for its first and its last step
 # Of a GPU's peak: ours reached 0.42 to 0.49 on an H200, others less. A CPU core: 9e10 was
 # measured for the demo on two cores, and machines differ by more than models do.
@@ -33,7 +34,7 @@ class Past:
 
 def estimate(spec: TrainSpec, plan: Plan, hardware: Hardware, settings: Settings, store: Store) -> Estimate | None:
     """None where nothing is known: no run like it, and a GPU of unknown peak."""
-    past = list(_past(spec, store))
+    past = _past(spec, store)
     margin = 0.25 if len(past) == 1 else 0.1  # over what was seen
     speed, other = _from_hardware(spec, plan, hardware), OTHER_SECONDS
     if past:
@@ -72,26 +73,27 @@ def _times(factor: float, values: Range) -> Range:
     return Range(**{name: factor * value for name, value in values})
 
 
-def _past(spec: TrainSpec, store: Store) -> Iterator[Past]:
-    """Runs that went through in one attempt, with the same model, batch and resources."""
-    wanted = _likeness(spec.model_dump(mode="json"))
-    for job in store.list_jobs(status="succeeded", kind="train", limit=RUNS_LOOKED_AT).data:
-        if job.attempt == 1 and _likeness(job.spec) == wanted and (one := _measured(job, store)):
-            yield one
+def _past(spec: TrainSpec, store: Store) -> list[Past]:
+    """Return the newest runs that succeeded in one attempt, with the same model, batch and resources."""
+    alike = likeness(spec.model_dump(mode="json"))
+    found = [_measured(store, job_id) for job_id in store.jobs_alike(alike, RUNS_LOOKED_AT)] if alike else []
+    return [one for one in found if one]
 
 
-def _likeness(spec: dict[str, Any]) -> object:
-    asked = spec["resources"]
-    shape = [asked[name] for name in ("pool", "device", "nodes", "ranks_per_node")]
-    return spec["model"], spec["tokens_per_step"], spec["micro_batch_size"], spec["precision"], spec["compile"], shape
+@lru_cache(maxsize=1000)
+def _measured(store: Store, job_id: str) -> Past | None:
+    """Return what a run that has ended took, None if fewer than two steps are left in its stream.
 
-
-def _measured(job: Job, store: Store) -> Past | None:
-    """None where fewer than two steps are left in its stream."""
-    attempt, seq = map(int, store.last_event(job.id).split("-"))
+    Nothing of it changes any more, so it is read once: a submission costs the same however many runs there are.
+    """
+    try:
+        job = store.get_job(job_id)
+    except JobNotFound:  # deleted a moment ago
+        return None
+    attempt, seq = map(int, store.last_event(job_id).split("-"))
     behind = f"{attempt}-{max(0, seq - EVENTS_LOOKED_AT)}"
-    first = _steps(store.read_events(job.id, count=EVENTS_LOOKED_AT))[:1]
-    last = _steps(store.read_events(job.id, behind))[-1:]
+    first = _steps(store.read_events(job_id, count=EVENTS_LOOKED_AT))[:1]
+    last = _steps(store.read_events(job_id, behind))[-1:]
     if not (first and last and last[0]["step"] > first[0]["step"] and job.started_at and job.finished_at):
         return None
     (began, ended), tokens = (datetime.fromisoformat(step["time"]) for step in first + last), last[0]["tokens"]

@@ -22,6 +22,7 @@ from worker import keyring
 from worker.connection import AWAY
 from worker.keyring import MARKER, AuditKind, Key, KeyRing
 from worker.settings import host_of, is_loopback
+from worker.store import LOCAL
 
 MAX_BODY_BYTES = 1 << 20
 KEY_THREADS = 8  # that look keys up at once, and write the audit
@@ -116,7 +117,7 @@ class Guard:
             if refusal.details.status in (401, 403):
                 self._refusals.note(who, f"{refusal.details.status} {refusal.details.code}", what)
             return await refusal.response()(scope, receive, answer.send)
-        scope.setdefault("state", {})["who"] = who
+        scope.setdefault("state", {}).update(who=who, owner=key.name if key else LOCAL)
         if needed is not None:
             answer.may_go_on = lambda: self._still_may(headers, needed)
         try:

@@ -58,8 +58,13 @@ def _who(request: Request) -> str:
     return str(request.state.who)
 
 
+def _owner(request: Request) -> str:
+    return str(request.state.owner)
+
+
 With = Annotated[Services, Depends(_services)]
 Who = Annotated[str, Depends(_who)]
+Owner = Annotated[str, Depends(_owner)]
 Sent = Annotated[Submission, Body(openapi_examples=EXAMPLES)]
 _ID = r"^\d{1,9}-\d{1,15}(\.\d{1,9})?$"
 
@@ -113,6 +118,8 @@ def submit(
     submission: Sent,
     response: Response,
     services: With,
+    who: Who,
+    owner: Owner,
     idempotency_key: Annotated[
         str | None, Header(min_length=1, max_length=200, description="same key, same body: the same job, for 24 h")
     ] = None,
@@ -128,6 +135,7 @@ def submit(
         job, _ = services.store.create_job(
             accepted.spec, accepted.plan, idempotency_key=idempotency_key, body_sha256=body_sha256,
             parent_job_id=accepted.parent_job_id, children=accepted.children, device=accepted.device,
+            owner=owner, who=who,
         )  # fmt: skip
     response.headers["Location"] = f"/jobs/{job.id}"
     return job
@@ -146,13 +154,14 @@ def jobs(
     kind: Literal["train", "prepare", "eval", "publish"] | None = None,
     label: Annotated[str | None, Query(description="key, or key=value")] = None,
     name: str | None = None,
+    owner: Annotated[str | None, Query(description="name of the API key that submitted them")] = None,
     parent_job_id: Annotated[str | None, Query(description="only jobs about this one: evaluations, publishing")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(description="a page's `next`")] = None,
 ) -> JobPage:
-    """Jobs, newest first."""
-    filters = {"status": status, "kind": kind, "label": label, "name": name, "parent_job_id": parent_job_id}
-    return services.store.list_jobs(**filters, limit=limit, after=after)
+    """Jobs, newest first. A page may hold fewer than `limit`, or none, and still have more behind its `next`."""
+    filters = {"status": status, "kind": kind, "label": label, "name": name, "owner": owner}
+    return services.store.list_jobs(**filters, parent_job_id=parent_job_id, limit=limit, after=after)
 
 
 @router.get("/jobs/{job_id}", tags=["jobs"])

@@ -71,9 +71,9 @@ class Bench:
             return self.http.post("/jobs", json=SPEC, headers={"Idempotency-Key": f"submit-{number}"})
 
         self.timed("submit", ask, times)
-        before = len(self.store.list_jobs(limit=10**6).data)
+        before = sum(self.store.census().statuses.values())
         self.timed("submit again with the same key", ask, times)
-        assert len(self.store.list_jobs(limit=10**6).data) == before
+        assert sum(self.store.census().statuses.values()) == before
 
     def fill(self, count: int) -> None:
         """Jobs of which every tenth is cancelled and one in a hundred has a label."""

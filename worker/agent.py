@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 
@@ -25,6 +25,7 @@ from worker.hardware import find_slots
 from worker.job import Node
 from worker.place import agent_lock, node_id, runs_root_id, slot_lock
 from worker.processes import holder_of, kill, lives
+from worker.schema import Schema, SchemaTooNew
 from worker.settings import Settings
 from worker.store import Store
 
@@ -43,6 +44,7 @@ class Agent:
         node = node_id(settings)
         self._settings = settings
         self._store = Store(settings.redis_url)
+        self._schema = Schema(settings.redis_url)
         self._rq = connect(settings.redis_url)
         self._node = Node(
             id=node, pool=settings.pool, slots=find_slots(settings, node), runs_root=runs_root_id(settings),
@@ -59,6 +61,7 @@ class Agent:
         self._redis_away = False
         self._redis_run: str | None = None  # which life of Redis it was
         self._stopping = False
+        self.refused = False  # by a Redis that a newer version has written to
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; then end every process of it, jobs with a checkpoint."""
@@ -75,6 +78,9 @@ class Agent:
             except AWAY as error:
                 self._note_redis(error)
                 time.sleep(TICK_SECONDS)
+            except SchemaTooNew as error:
+                log.error("%s", error)
+                self._stopping = self.refused = True
         self._end()  # and of a fault of its own it leaves alone: the next agent takes the workers over
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
@@ -93,6 +99,7 @@ class Agent:
     def _serve(self) -> None:
         """One look: be known, give up what is lost, place what waits, hand over, wait for a ring."""
         if self._doorbell is None:
+            self._schema.bring_up_to_date()
             run = self._store.run_id()
             if self._redis_run not in (None, run):  # it may have forgotten what it said last
                 self._store.hold_off()
@@ -190,8 +197,8 @@ class Agent:
         if late:
             log.warning("%d workers did not end in time and are killed", len(late))
         kill(*late, *psutil.wait_procs(families, timeout=1)[1])
-        self._store.close()
-        self._rq.close()
+        for client in (self._store, self._schema, self._rq):
+            client.close()
 
 
 def _versions(*packages: str) -> dict[str, str]:
@@ -217,12 +224,14 @@ def main(settings: Settings | None = None) -> int:
             log.error("another worker%s runs on %s as node %s; %s", who, settings.home, node, way_out)
             return 1
         try:
+            with closing(Schema(settings.redis_url)) as schema, suppress(*AWAY):  # away: it is asked once it answers
+                schema.bring_up_to_date()
             agent = Agent(settings)
-        except ValueError as error:
+        except (SchemaTooNew, ValueError) as error:
             log.error("%s", error)
             return 1
         agent.run()
-    return 0
+    return int(agent.refused)
 
 
 if __name__ == "__main__":

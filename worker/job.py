@@ -77,6 +77,7 @@ class Job(Record):
     kind: str
     name: str
     labels: dict[str, str]
+    owner: str = ""  # name of the API key that submitted it, "local" without keys
     status: Status
     status_reason: str = ""
     phase: str | None = None
@@ -109,7 +110,10 @@ class Job(Record):
 
 
 class JobPage(Record):
-    """Newest first. `next` is the cursor of the page that follows, null on the last one."""
+    """Newest first. `next` is the cursor of the page that follows, null on the last one.
+
+    A page may hold fewer jobs than asked for, or none, and still have more: filters that rarely match take several.
+    """
 
     data: list[Job]
     has_more: bool
@@ -120,7 +124,7 @@ class Census(Record):
     """All jobs counted."""
 
     statuses: dict[str, int]
-    started: int
+    started: int  # ever, also jobs deleted since
     queue_seconds: float  # from submission to start, summed over all that started
     oldest_waiting_seconds: dict[str, float]  # by pool
     running: dict[str, dict[str, float]]  # by job id: what is known of tokens_per_second, mfu, train_loss and

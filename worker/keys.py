@@ -13,6 +13,14 @@ KEYS = {
     "events": "trainmaster:events:",  # + id: stream of the run's events, ids {attempt}-{seq}
     "changes": "trainmaster:changes:",  # + id: stream of status changes
     "jobs": "trainmaster:jobs",  # zset: job id by its number, for lists
+    # + "field:value", "label:key" or "label:key=value": zset of the jobs that have it, by number
+    "index": "trainmaster:index:",
+    "readers": "trainmaster:readers:",  # + id: zset of the jobs not ended that read that one's files
+    "alike": "trainmaster:alike:",  # + likeness: zset of the runs that succeeded in one attempt
+    "waiting": "trainmaster:waiting:",  # + pool: zset of the jobs that have not started, by number
+    "pools": "trainmaster:pools",  # set of the pools that have such jobs
+    "totals": "trainmaster:totals",  # hash: jobs ever started, and how many seconds they waited for that
+    "schema": "trainmaster:schema",  # hash: version of all these keys, and how far a migration to it came
     "number": "trainmaster:number",  # counter behind those numbers
     "idempotency": "trainmaster:idempotency:",  # + key: hash of job and body's sha256, 24 h
     "deleted": "trainmaster:deleted:",  # + id: a week long, for a launcher that was cut off and comes back

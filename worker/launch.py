@@ -10,7 +10,7 @@ import errno
 import os
 import signal
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from shutil import disk_usage
 
@@ -26,6 +26,7 @@ from worker.job import JobError, Status, Ticket
 from worker.member import BROKEN_SECONDS, Member
 from worker.place import node_address, runs_root_id, slot_lock
 from worker.record import job_of
+from worker.schema import Schema, SchemaTooNew
 from worker.settings import Settings
 from worker.shipper import BATCH_EVENTS, Shipper
 from worker.store import CLAIM_SECONDS, Store, Superseded
@@ -48,6 +49,12 @@ def run(job_id: str, attempt: int, node_rank: int, slot: str) -> None:
     with suppress(OSError):
         note.write_text(f"{job_id} {attempt}")
     boot, root, give_up_at = f"{slot}:{os.getpid()}", runs_root_id(settings), time.monotonic() + CLAIM_SECONDS
+    try:
+        with closing(Schema(settings.redis_url, socket_timeout=2.0)) as schema:
+            patiently(schema.bring_up_to_date, settings.grace_seconds, give_up_at)
+    except SchemaTooNew as error:
+        log.error("%s: the ticket is not taken: %s", ticket.id, error)
+        return
     if not patiently(lambda: store.claim(ticket, boot, root), settings.grace_seconds, give_up_at):
         log.info("%s: the ticket is no longer good", ticket.id)
         return

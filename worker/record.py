@@ -1,6 +1,8 @@
 """A job as it is stored: a flat hash of texts, JSON where a field has parts."""
 
+import hashlib
 import json
+import posixpath
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,14 +16,17 @@ from worker.job import Job, StatusChange
 _JSON_FIELDS = ("labels", "nodes", "spec", "plan", "best_checkpoint", "published", "results", "error")
 
 
-def new_record(job_id: str, parent: str | None, spec: AnySpec, plan: Plan | None, device: str | None) -> dict[str, Any]:
+def new_record(
+    job_id: str, parent: str | None, spec: AnySpec, plan: Plan | None, device: str | None, owner: str
+) -> dict[str, Any]:
     """Return a new job in the form that create.lua takes. It is placed on `device` if its spec says "auto"."""
     asked = spec.resources
     # all else takes one core of one node, whatever the spec asks for
     trains, ranked = isinstance(spec, TrainSpec), isinstance(spec, TrainSpec | EvalSpec)
+    document = spec.model_dump(mode="json")
     fields = {
-        "kind": spec.kind, "name": spec.name, "labels": spec.labels,
-        "spec": spec.model_dump(mode="json"), "plan": plan,
+        "kind": spec.kind, "name": spec.name, "labels": spec.labels, "owner": owner,
+        "spec": document, "plan": plan, "likeness": likeness(document), "reads": job_read(document),
         "total_steps": spec.max_steps if isinstance(spec, TrainSpec) else None,
         "pool": asked.pool, "priority": asked.priority,
         "wanted_nodes": asked.nodes if trains else 1,
@@ -33,6 +38,24 @@ def new_record(job_id: str, parent: str | None, spec: AnySpec, plan: Plan | None
 
 def _wanted_device(asked: str, planned: str | None) -> str:
     return planned or "auto" if asked == "auto" else asked
+
+
+def likeness(spec: Mapping[str, Any]) -> str | None:
+    """Return a hash that train specs share if their runs take equally long per token; None for other kinds."""
+    if spec.get("kind") != "train":
+        return None
+    resources = spec.get("resources") or {}
+    alike = [spec.get(name) for name in ("model", "tokens_per_step", "micro_batch_size", "precision", "compile")]
+    alike += [resources.get(name) for name in ("pool", "device", "nodes", "ranks_per_node")]
+    return hashlib.sha256(json.dumps(alike, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def job_read(spec: Mapping[str, Any]) -> str | None:
+    """Return the id of the job whose run directory a job of this spec reads; None if it reads none."""
+    source = (spec.get("init_from") or spec).get("source")  # a prepare job's is an object: text, not a run
+    if not isinstance(source, str) or source.startswith("hf://"):
+        return None
+    return posixpath.normpath(source).partition("/")[0]
 
 
 def flat(fields: Mapping[str, Any]) -> list[str]:

@@ -22,6 +22,9 @@ CLAIM_SECONDS = 10.0  # a ticket not started by then is replaced by the next att
 FREEZE_SECONDS = 600.0  # a job that has waited this long lets no smaller one pass
 EVENTS_KEPT = 100_000  # newest of a run in Redis; all of them are in the run directory
 FORGET_NODE_SECONDS = 3600.0
+LOOKED_AT = 10_000  # jobs, for a page of a list
+LOOKED_AT_ONCE = 500  # by one script: one or two milliseconds in which Redis answers nobody else
+LOCAL = "local"  # owner of the jobs that came without a key
 
 
 class JobNotFound(LookupError):
@@ -62,25 +65,27 @@ class Store(Connected):
     def create_job(
         self, spec: AnySpec, plan: Plan | None, *, idempotency_key: str | None = None, body_sha256: str = "",
         parent_job_id: str | None = None, children: Sequence[AnySpec] = (), device: str | None = None,
+        owner: str = LOCAL, who: str = "anyone",
     ) -> tuple[Job, bool]:  # fmt: skip
         """Queue a resolved spec, or find the job that this key made in the last 24 h.
 
-        With a parent it waits for that job to succeed, and is cancelled where it does not. `children` are
-        made with it, as a whole, and run in their order: a child's `source` "parent" becomes the new job's id.
+        With a parent it waits for that job to succeed, and is cancelled if it does not. `children` are
+        created in the same script and run in their order: a child's `source` "parent" becomes the new job's id.
         All of them run on `device` ("cpu", "cuda") if their specs say "auto"; None: on the first that suffices.
+        All of them belong to `owner`; `who` is named in their first change of status.
         Returns the job and whether it is new. Raises IdempotencyConflict.
         """
         while True:
             job_id = new_job_id()
-            made = [new_record(job_id, parent_job_id, spec, plan, device)]
+            made = [new_record(job_id, parent_job_id, spec, plan, device, owner)]
             for child in children:
                 if getattr(child, "source", None) == "parent":
                     child = child.model_copy(update={"source": job_id})
-                record = new_record(new_job_id(), job_id, child, None, device)
+                record = new_record(new_job_id(), job_id, child, None, device, owner)
                 # one after the other, also where an earlier one fails: the model card shows evaluations
                 record["fields"] += ["follows", made[-1]["id"]] if made[1:] else []
                 made.append(record)
-            outcome, job_id = self._run("create", idempotency_key or "", body_sha256, *map(json.dumps, made))
+            outcome, job_id = self._run("create", idempotency_key or "", body_sha256, who, *map(json.dumps, made))
             if why := {"conflict": " with another body", "deleted": ", which was deleted"}.get(outcome):
                 raise IdempotencyConflict(
                     f"Idempotency-Key {idempotency_key!r} was used for {job_id}{why}; use a new key"
@@ -113,23 +118,38 @@ class Store(Connected):
 
     def list_jobs(
         self, *, status: str | None = None, kind: str | None = None, label: str | None = None,
-        name: str | None = None, parent_job_id: str | None = None, limit: int = 20, after: str | None = None,
+        name: str | None = None, owner: str | None = None, parent_job_id: str | None = None,
+        limit: int = 20, after: str | None = None,
     ) -> JobPage:  # fmt: skip
-        """Newest first. `label` is "key" or "key=value"; `after` a page's `next`. Raises BadCursor."""
+        """Return a page of jobs, newest first. `label` is "key" or "key=value"; `after` is a page's `next`.
+
+        Filters that rarely match together may give a page with fewer than `limit` jobs, or none, that has more:
+        one call looks at LOOKED_AT jobs at most, and the next page continues there. Raises BadCursor.
+        """
         if after is not None and not (after.isascii() and after.isdecimal()):
             raise BadCursor(f"after {after!r} is no cursor; use the `next` of the page before")
-        key, has_value, value = (label or "").partition("=")
-        asked = {"status": status, "kind": kind, "name": name, "parent_job_id": parent_job_id}
-        asked |= {"label": label and key, "value": value if has_value else None}
-        filters = {field: text for field, text in asked.items() if text is not None}
-        below = "+inf" if after is None else f"({after}"
-        found = self._run("list", below, limit + 1, json.dumps(filters, ensure_ascii=False))
-        page, has_more = found[:limit], len(found) > limit
+        asked = {"status": status, "kind": kind, "name": name, "owner": owner, "parent_job_id": parent_job_id}
+        asked |= {"label": label}
+        indexes = [f"{field}:{value}" for field, value in asked.items() if value is not None]
+        below, found = "+inf" if after is None else f"({after}", list[tuple[str, str]]()
+        for _ in range(LOOKED_AT // LOOKED_AT_ONCE):
+            some, down_to = self._run("list", below, limit + 1 - len(found), LOOKED_AT_ONCE, *indexes)
+            found += some
+            if len(found) > limit or not down_to:
+                break
+            below = f"({down_to}"
+        page = found[:limit]
+        if len(found) > limit:
+            down_to = page[-1][1]
         data = self._get_jobs([job_id for job_id, _ in page])
-        return JobPage(data=data, has_more=has_more, next=page[-1][1] if has_more else None)
+        return JobPage(data=data, has_more=bool(down_to), next=down_to or None)
+
+    def jobs_alike(self, likeness: str, count: int) -> list[str]:
+        """Return the ids of the newest runs of this likeness that succeeded in their first attempt."""
+        return list(self._redis.zrevrange(KEYS["alike"] + likeness, 0, count - 1))
 
     def census(self) -> Census:
-        """Counted by Redis itself: one question, however many jobs there are."""
+        """Return the counts that the scripts keep; the cost does not grow with the number of jobs."""
         return Census.model_validate_json(self._run("census"))
 
     def request_cancel(self, job_id: str, who: str = "api") -> Job:

@@ -189,6 +189,19 @@ def test_the_audit_says_who_did_what(http: httpx2.Client, ring: KeyRing, store: 
     assert status_changes(store, run.id)[-1].who == f"key {key.id}"
 
 
+def test_a_job_belongs_to_the_name_of_the_key_that_submitted_it(
+    http: httpx2.Client, ring: KeyRing, store: Store
+) -> None:
+    nobodys = http.post("/jobs", json=train_spec()).json()
+    key, text = ring.create("ci", "submit")
+    http.headers.update(bearer(text))
+    owned = http.post("/jobs", json=train_spec(evaluate={"final_tasks": ["val_loss"]})).json()
+    assert (nobodys["owner"], owned["owner"]) == ("local", "ci")
+    listed = http.get("/jobs", params={"owner": "ci"}).json()["data"]
+    assert [job["kind"] for job in listed] == ["eval", "train"]
+    assert status_changes(store, owned["id"])[0].who == f"key {key.id}"
+
+
 def test_nobody_without_a_key_writes_the_audit(http: httpx2.Client, ring: KeyRing) -> None:
     ring.create("a", "read")
     kinds: tuple[AuditKind, ...] = ("administration", "requests")

@@ -13,7 +13,12 @@ if root ~= '' and (redis.call('HGET', job, 'root') or root) ~= root then return 
 redis.call('HSET', job, claim, boot)
 local time = now()
 if rank == '0' then
-  redis.call('HSETNX', job, 'started_at', stamp(time))
+  if redis.call('HSETNX', job, 'started_at', stamp(time)) == 1 then
+    set_waiting(id, false)
+    local created = redis.call('HGET', job, 'created_at') or time
+    redis.call('HINCRBY', K.totals, 'started', 1)
+    redis.call('HINCRBYFLOAT', K.totals, 'queue_seconds', stamp(time - created))
+  end
   if root ~= '' then redis.call('HSETNX', job, 'root', root) end
 end
 redis.call('ZADD', K.leases, time + lease, holder(id, rank))

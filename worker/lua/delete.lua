@@ -5,14 +5,12 @@ local id = ARGV[1]
 local status = redis.call('HGET', K.job .. id, 'status')
 if not status then return redis.call('EXISTS', K.deleted .. id) == 1 and '' end
 if not TERMINAL[status] then return status end
-for _, other in ipairs(redis.call('ZRANGE', K.jobs, 0, -1)) do
-  local state, spec = unpack(redis.call('HMGET', K.job .. other, 'status', 'spec'))
-  for _, name in ipairs({'"' .. id .. '"', '"' .. id .. '/'}) do
-    if state and not TERMINAL[state] and string.find(spec, name, 1, true) then return other end
-  end
+for _, other in ipairs(redis.call('ZRANGE', K.readers .. id, 0, -1)) do
+  local state = redis.call('HGET', K.job .. other, 'status')
+  if state and not TERMINAL[state] then return other end
 end
 if ARGV[2] == 'look' then return '' end
-redis.call('DEL', K.job .. id, K.events .. id, K.changes .. id, K.children .. id)
-redis.call('ZREM', K.jobs, id)
+forget_indexes(id)
+redis.call('DEL', K.job .. id, K.events .. id, K.changes .. id, K.children .. id, K.readers .. id)
 redis.call('SET', K.deleted .. id, '', 'EX', 604800)
 return ''

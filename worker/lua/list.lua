@@ -1,29 +1,40 @@
--- below which number ('+inf' or '(number'), most, filters as JSON {status, kind, name, parent_job_id, label, value},
--- those wanted → ids and numbers of the jobs that fit, newest first. Here and not by many questions: twelve
--- thousand take one.
-local below, most, filters = ARGV[1], tonumber(ARGV[2]), cjson.decode(ARGV[3])
-local fields = {'status', 'kind', 'name', 'parent_job_id'}
-
-local function fits(id)
-  for _, field in ipairs(fields) do
-    if filters[field] and redis.call('HGET', K.job .. id, field) ~= filters[field] then return false end
+-- below which number ('+inf' or '(number'), most, how many ids to look at, then the names of the indexes that a job
+-- must be in → ids and numbers of such jobs, newest first; the number down to which it looked, '' once no older job is
+-- left. It walks the smallest of the indexes and looks its ids up in the others.
+local below, most, budget = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local walked, others, size = K.jobs, {}, nil
+for place = 4, #ARGV do
+  local key = K.index .. ARGV[place]
+  local count = redis.call('ZCARD', key)
+  if not size then
+    walked, size = key, count
+  elseif count < size then
+    table.insert(others, walked)
+    walked, size = key, count
+  else
+    table.insert(others, key)
   end
-  if not filters.label then return true end
-  local labels = redis.call('HGET', K.job .. id, 'labels')
-  if not (labels and string.find(labels, filters.label, 1, true)) then return false end
-  local value = cjson.decode(labels)[filters.label]
-  return value and (not filters.value or filters.value == value)
+end
+
+local function is_listed(id)
+  for _, key in ipairs(others) do
+    if not redis.call('ZSCORE', key, id) then return false end
+  end
+  return redis.call('EXISTS', K.job .. id) == 1  -- Redis may have lost a record alone, as where it evicts keys
 end
 
 local found = {}
-while true do
-  local batch = redis.call('ZREVRANGEBYSCORE', K.jobs, below, '-inf', 'WITHSCORES', 'LIMIT', 0, 500)
+while budget > 0 do
+  local wanted = math.min(budget, 100)
+  local batch = redis.call('ZREVRANGEBYSCORE', walked, below, '-inf', 'WITHSCORES', 'LIMIT', 0, wanted)
   for index = 1, #batch, 2 do
-    if fits(batch[index]) then
+    if is_listed(batch[index]) then
       table.insert(found, {batch[index], batch[index + 1]})
-      if #found == most then return found end
+      if #found == most then return {found, batch[index + 1]} end
     end
   end
-  if #batch < 1000 then return found end
+  if #batch < 2 * wanted then return {found, ''} end
   below = '(' .. batch[#batch]
+  budget = budget - wanted
 end
+return {found, string.sub(below, 2)}

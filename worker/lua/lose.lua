@@ -80,6 +80,7 @@ elseif settled(lease) then
     local id, rank = string.match(lost, '^([^/]+)/?(%d*)$')
     if redis.call('EXISTS', K.job .. id) == 0 then  -- Redis lost its record alone, as where it evicts keys
       redis.call('ZREM', K.leases, lost)
+      forget_indexes(id)
       for _, slot in ipairs(redis.call('HKEYS', K.owners)) do
         if redis.call('HGET', K.owners, slot) == id then redis.call('HDEL', K.owners, slot) end
       end

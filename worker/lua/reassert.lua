@@ -9,7 +9,6 @@ if not current then
   local number = redis.call('INCR', K.number)
   redis.call('HSET', job, unpack(ARGV, 5))
   redis.call('HSET', job, 'number', number)
-  redis.call('ZADD', K.jobs, number, id)
 end
 -- no ordinary change: the table's rows were passed through before, in a history that Redis forgot
 local to = (from == 'cancelling' or from == 'pausing') and from or 'running'
@@ -20,6 +19,7 @@ release(id)  -- what an earlier attempt had
 redis.call('HDEL', job, 'rendezvous', 'broken')
 redis.call('HSET', job, 'attempt', attempt, 'status', to, 'status_reason', why, 'nodes', known.nodes,
   'claim:' .. attempt .. ':0', who)
+index_job(id)
 note(id, from or '', to, who, why)
 redis.call('ZREM', K.queue .. known.pool, id)
 for _, allocation in ipairs(cjson.decode(known.nodes)) do

@@ -92,6 +92,7 @@ for _, id in ipairs(redis.call('ZRANGE', K.queue .. pool, 0, any_free and -1 or 
   local job = {wanted = tonumber(wanted), ranks = tonumber(ranks), device = device, root = root, reason = reason or ''}
   if not wanted then
     redis.call('ZREM', K.queue .. pool, id)  -- Redis lost its record alone, as where it evicts keys
+    forget_indexes(id)
   elseif tonumber(not_before or 0) <= time then
     local picks = picks_for(job, 'free')
     if #picks == job.wanted then

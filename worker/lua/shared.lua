@@ -30,6 +30,82 @@ local function settled(lease)
   return time >= tonumber(redis.call('GET', K.hold) or 0)
 end
 
+-- The table that a JSON text holds; an empty one for a text that is missing or damaged.
+local function decoded(text)
+  local readable, value = pcall(cjson.decode, text or '{}')
+  return readable and type(value) == 'table' and value or {}
+end
+
+-- ---- indexes: for each value that lists filter by, a sorted set of job ids by the jobs' numbers
+
+-- The sorted sets that list a job for as long as its record exists; its status adds one more.
+local function lasting_indexes(id)
+  local keys, fields = {}, {'kind', 'name', 'owner', 'parent_job_id'}
+  local values = redis.call('HMGET', K.job .. id, 'labels', unpack(fields))
+  for place, field in ipairs(fields) do
+    if values[place + 1] then table.insert(keys, K.index .. field .. ':' .. values[place + 1]) end
+  end
+  for label, value in pairs(decoded(values[1])) do
+    table.insert(keys, K.index .. 'label:' .. label)
+    if type(value) == 'string' then table.insert(keys, K.index .. 'label:' .. label .. '=' .. value) end
+  end
+  return keys
+end
+
+local function number_of(id)
+  return redis.call('ZSCORE', K.jobs, id) or redis.call('HGET', K.job .. id, 'number') or 0
+end
+
+-- A job that has not started counts among those of its pool that wait.
+local function set_waiting(id, waits)
+  local pool = redis.call('HGET', K.job .. id, 'pool')
+  if waits then
+    redis.call('ZADD', K.waiting .. (pool or 'default'), number_of(id), id)
+    redis.call('SADD', K.pools, pool or 'default')
+    return
+  end
+  for _, name in ipairs(pool and {pool} or redis.call('SMEMBERS', K.pools)) do
+    local was_there = redis.call('ZREM', K.waiting .. name, id) == 1
+    if was_there and redis.call('EXISTS', K.waiting .. name) == 0 then redis.call('SREM', K.pools, name) end
+  end
+end
+
+-- Lists a job under its status and no other. What a job reads may not be deleted until it has ended; a run that
+-- succeeded in one attempt tells how long the next one like it takes.
+local function index_status(id, status)
+  local number = number_of(id)
+  for other in pairs(ALLOWED) do
+    if other ~= status then redis.call('ZREM', K.index .. 'status:' .. other, id) end
+  end
+  if ALLOWED[status] then redis.call('ZADD', K.index .. 'status:' .. status, number, id) end
+  local reads, likeness, attempt = unpack(redis.call('HMGET', K.job .. id, 'reads', 'likeness', 'attempt'))
+  if reads and TERMINAL[status] then redis.call('ZREM', K.readers .. reads, id) end
+  if reads and not TERMINAL[status] then redis.call('ZADD', K.readers .. reads, number, id) end
+  if status == 'succeeded' and likeness and attempt == '1' then redis.call('ZADD', K.alike .. likeness, number, id) end
+  if TERMINAL[status] then set_waiting(id, false) end
+end
+
+-- Lists a job, whose record is written, wherever lists look for it.
+local function index_job(id)
+  local number, status, started = unpack(redis.call('HMGET', K.job .. id, 'number', 'status', 'started_at'))
+  number = number or number_of(id)
+  redis.call('ZADD', K.jobs, number, id)
+  for _, key in ipairs(lasting_indexes(id)) do redis.call('ZADD', key, number, id) end
+  index_status(id, status)
+  if not started and not TERMINAL[status] then set_waiting(id, true) end
+end
+
+-- Takes a job out of every index and list. Call it before the job's record is deleted: it reads the values there.
+local function forget_indexes(id)
+  for _, key in ipairs(lasting_indexes(id)) do redis.call('ZREM', key, id) end
+  for status in pairs(ALLOWED) do redis.call('ZREM', K.index .. 'status:' .. status, id) end
+  local reads, likeness = unpack(redis.call('HMGET', K.job .. id, 'reads', 'likeness'))
+  if reads then redis.call('ZREM', K.readers .. reads, id) end
+  if likeness then redis.call('ZREM', K.alike .. likeness, id) end
+  set_waiting(id, false)
+  redis.call('ZREM', K.jobs, id)
+end
+
 -- The id of a job's newest event; '0-0' where there is none.
 local function newest(id)
   local found = redis.call('XREVRANGE', K.events .. id, '+', '-', 'COUNT', 1)[1]
@@ -73,6 +149,7 @@ function move(id, to, who, why)
   local from = redis.call('HGET', job, 'status')
   if not (from and ALLOWED[from][to]) then return false end
   redis.call('HSET', job, 'status', to, 'status_reason', why)
+  index_status(id, to)
   note(id, from, to, who, why)
   if TERMINAL[to] then
     redis.call('HSET', job, 'finished_at', stamp(now()))

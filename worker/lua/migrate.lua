@@ -1,0 +1,20 @@
+-- number up to which an earlier batch came or '', number of this batch's last job, then id, likeness or '' and what it
+-- reads or '' of each job → 1; 0 where another process did this batch. Lists jobs that a version without indexes made.
+if redis.call('HGET', K.schema, 'migrated_to') ~= ARGV[1] then return 0 end
+for place = 3, #ARGV, 3 do
+  local id, likeness, reads = unpack(ARGV, place, place + 2)
+  local job = K.job .. id
+  local created, started = unpack(redis.call('HMGET', job, 'created_at', 'started_at'))
+  -- a job that has an owner was made by a version that lists it
+  if redis.call('EXISTS', job) == 1 and redis.call('HSETNX', job, 'owner', 'local') == 1 then
+    if likeness ~= '' then redis.call('HSET', job, 'likeness', likeness) end
+    if reads ~= '' then redis.call('HSET', job, 'reads', reads) end
+    index_job(id)
+    if started and created then
+      redis.call('HINCRBY', K.totals, 'started', 1)
+      redis.call('HINCRBYFLOAT', K.totals, 'queue_seconds', stamp(started - created))
+    end
+  end
+end
+redis.call('HSET', K.schema, 'migrated_to', ARGV[2])
+return 1
