@@ -1,5 +1,6 @@
 """What a rank runs on, and which precision and compile mode are right for it."""
 
+import gc
 import os
 import platform
 import resource
@@ -70,6 +71,13 @@ def _has_compiler() -> bool:
     """What torch.compile builds its kernels with."""
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
     return compiler and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed memory back, so that blocks of another size fit."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

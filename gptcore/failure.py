@@ -40,7 +40,7 @@ def describe(error: BaseException, rank: int) -> Failed:
     reason, message = "crash", f"{type(error).__name__}: {error}"
     if type(error) in REASONS:
         reason, message = REASONS[type(error)], str(error)
-    elif isinstance(error, torch.OutOfMemoryError):
+    elif is_out_of_memory(error):
         reason = "out_of_memory"
         message += "; use a smaller micro_batch_size, or activation_checkpointing"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -49,6 +49,11 @@ def describe(error: BaseException, rank: int) -> Failed:
         reason = "unavailable"
     trace = "".join(traceback.format_exception(error))[-_TRACEBACK_CHARACTERS:]
     return Failed.model_validate({"reason": reason, "message": message, "rank": rank, "traceback": trace})
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or, where the system refuses memory instead of killing, the CPU has no room for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def may_pass(error: BaseException) -> bool:

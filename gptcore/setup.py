@@ -192,14 +192,17 @@ def _settled(spec: TrainSpec, run: RunDir, hardware: Hardware, dist: Dist) -> tu
     """The spec without an "auto" that has been found before, and a notice where its precision is slow here.
 
     One found anew on another machine would change the sums: the precision is that of the newest checkpoint, and so is
-    the micro-batch where as many ranks made it and it fits here.
+    the micro-batch where as many ranks made it and it fits here. An explicit micro-batch that the run had to halve
+    stays halved.
     """
     meta = checkpoints[-1].meta() if (checkpoints := list_checkpoints(run)) else None
     asked = meta["precision"] if meta and spec.precision == "auto" else spec.precision
     precision, slow = devices.resolve_precision(asked, dist.device)
     spec = spec.model_copy(update={"precision": precision})
-    if meta is None or spec.micro_batch_size != "auto" or meta["world_size"] != spec.world_size:
+    if meta is None or meta["world_size"] != spec.world_size:
         return spec, slow
+    if spec.micro_batch_size not in ("auto", meta["spec"]["micro_batch_size"]):
+        return spec, slow  # the user changed it since
     size = meta["micro_batch_size"]
     return spec.model_copy(update={"micro_batch_size": size}) if fits(spec, hardware, size) else spec, slow
 

@@ -22,7 +22,7 @@ from gptcore.dataset import Dataset
 from gptcore.dist import Dist
 from gptcore.evaluate import bits_per_byte, val_windows, validation_loss
 from gptcore.export import export_model
-from gptcore.failure import Diverged
+from gptcore.failure import Diverged, is_out_of_memory
 from gptcore.model import GPT
 from gptcore.native import native_class
 from gptcore.optim import Optimizers, load_optimizer_tensors, optimizer_tensors, set_lr, update
@@ -71,7 +71,10 @@ class Trainer:
         self.parameters = list(self.model.parameters())
         trace = self.run.path / "profile" / f"rank-{self.dist.rank}-a{self.attempt.number:04d}.json"
         self.tracer = Tracer(self.spec.profile_steps, trace)
-        self.batches = Prefetcher(
+        self.batches = self._prefetcher()
+
+    def _prefetcher(self) -> Prefetcher:
+        return Prefetcher(
             self.train_windows, self.dist,
             sequences_per_step=self._sequences_per_step, micro_batch_size=self.planned.micro_batch_size,
         )  # fmt: skip
@@ -215,12 +218,54 @@ class Trainer:
         self.report(events.RolledBack(from_step=bad.step, to_step=step, batches_passed_over=passed_over, reason=reason))
 
     def _warm_up(self) -> None:
-        """Two discarded passes: compile, and fix the order in which DDP sums gradients."""
+        """Discarded passes: compile, find a micro-batch that fits, and fix the order in which DDP sums gradients."""
         if self.compiled:
             self._phase("compiling")
-        for _ in range(WARMUP_PASSES):
+        while not self._fits_on_all_ranks():
+            self._halve_micro_batch()
+        # the first pass of a single rank was one of the two already
+        for _ in range(WARMUP_PASSES if self.dist.world_size > 1 else WARMUP_PASSES - 1):
             self._forward_backward(self._probe_batch(), 1.0, last=True)
         self.model.zero_grad(set_to_none=True)
+
+    def _fits_on_all_ranks(self) -> bool:
+        """Run one pass without communication. Return False if any rank ran out of memory; raises the error if a
+        micro-batch of one sequence did."""
+        full = False
+        try:
+            self._pass_beside_moments()
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self.planned.micro_batch_size == 1:
+                raise
+            full = True
+        # after the except clause: the error's traceback keeps the pass's tensors alive
+        if not float(self.dist.sum(torch.full((), float(full), device=self.dist.device))):
+            return True
+        self.model.zero_grad(set_to_none=True)
+        devices.release_memory(self.dist.device)
+        return False
+
+    def _pass_beside_moments(self) -> None:
+        """One pass while a tensor as large as the optimiser's state, which is made after the warm-up, takes its place.
+        Not on a CPU: memory that nobody writes to takes none there."""
+        moments_bytes = self.planned.checkpoint_bytes - 4 * self.planned.parameters_trained
+        size = moments_bytes if self.dist.device.type == "cuda" else 0
+        moments = torch.empty(size, dtype=torch.uint8, device=self.dist.device)
+        self._forward_backward(self._probe_batch(), 1.0, last=False)
+        del moments
+
+    def _halve_micro_batch(self) -> None:
+        """Use the largest micro-batch of at most half the size that divides a rank's share: a step stays the same."""
+        before, share = self.planned.micro_batch_size, self._sequences_per_step // self.dist.world_size
+        size = next(n for n in range(before // 2, 0, -1) if share % n == 0)
+        self.planned = self.planned.model_copy(update={"micro_batch_size": size, "grad_accum_steps": share // size})
+        self.batches.close()
+        self.batches = self._prefetcher()
+        message = (
+            f"micro_batch_size {before} does not fit into memory; training with {size} and "
+            f"{share // size} accumulation steps, so that tokens_per_step stays {self.spec.tokens_per_step}"
+        )
+        self.report(events.Notice(level="warning", message=message))
 
     def _resume(self) -> None:
         """Take up the newest complete checkpoint, if there is one, and say how exactly it fits."""

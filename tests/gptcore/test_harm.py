@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 import gptcore.checkpoint
 from gptcore import guard
 from gptcore.checkpoint import list_checkpoints
+from gptcore.data import Batch
 from gptcore.dataset import read_dataset
 from gptcore.dist import Dist
 from gptcore.events import (
@@ -219,6 +220,49 @@ def test_the_micro_batch_fits_the_precision_and_the_machine(harmed: Harmed, monk
         harmed.attempt({}, stop_after=stop_after)
     first, small, large = (e.micro_batch_size for e in harmed.of_type(Started))
     assert (first, large) == (16, small) and small < 16
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_and_the_step_is_the_same(
+    harmed: Harmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a resume too, which tries no larger one again."""
+    healthy = Trainer._forward_backward
+    tried: list[int] = []
+
+    def on_a_small_gpu(trainer: Trainer, batch: Batch, share: float, last: bool) -> torch.Tensor:
+        tried.append(len(batch[0]))
+        if tried[-1] > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return healthy(trainer, batch, share, last)
+
+    def with_micro_batch(size: int) -> TrainSpec:
+        return harmed.spec.model_copy(update={"micro_batch_size": size, "max_steps": 12})
+
+    whole = Harmed(with_micro_batch(4), harmed.home, RunDir(harmed.run.path.with_name("whole")))
+    whole.attempt({})
+    harmed.spec = with_micro_batch(16)
+    monkeypatch.setattr(Trainer, "_forward_backward", on_a_small_gpu)
+    harmed.attempt({}, stop_after=5)
+    assert tried[:3] == [16, 8, 4]
+    assert [e.message.split(";")[0] for e in harmed.of_type(Notice)] == [
+        f"micro_batch_size {size} does not fit into memory" for size in (16, 8)
+    ]
+    harmed.attempt({})
+    assert tried.count(16) == 1
+    assert [e.micro_batch_size for e in harmed.of_type(Started)] == [16, 4]
+    steps = [[(e.step, e.train_loss, e.grad_norm) for e in run.of_type(Step)] for run in (harmed, whole)]
+    assert steps[0] == steps[1]
+
+
+def test_one_sequence_that_does_not_fit_is_out_of_memory(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_a_tiny_machine(*_: Any, last: bool) -> torch.Tensor:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(Trainer, "_forward_backward", on_a_tiny_machine)
+    with pytest.raises(RuntimeError) as full:
+        harmed.attempt({})
+    assert describe(full.value, 0).reason == "out_of_memory"
+    assert "training with 1 and 16 accumulation steps" in harmed.of_type(Notice)[-1].message
 
 
 def test_bf16_where_it_is_imitated_is_named_as_slow(harmed: Harmed, monkeypatch: pytest.MonkeyPatch) -> None:

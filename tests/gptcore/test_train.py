@@ -133,6 +133,12 @@ def test_the_first_gradients_of_several_ranks_are_those_of_one(train: Trainers, 
         assert (gradient - several[name]).norm() <= 1e-5 * gradient.norm(), name
 
 
+def test_all_ranks_halve_the_micro_batch_that_does_not_fit_on_one(train: Trainers) -> None:
+    run = train.make(tiny_spec(tokens_per_step=1024, micro_batch_size=16), "run")
+    output, _ = train.start(run, 2, "tests.gptcore.halve_on_one_rank").communicate(timeout=60)
+    assert [(run.path / f"rank-{rank}").read_text() for rank in range(2)] == ["4 x 4"] * 2, output
+
+
 @pytest.mark.slow
 def test_muon_on_two_ranks_follows_one(train: Trainers) -> None:
     spec = tiny_spec(max_steps=50, optim={"name": "muon", "lr": 0.003, "muon_beta2": 0.95})
