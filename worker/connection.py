@@ -3,39 +3,62 @@
 from typing import Any
 
 import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.client import Pipeline
-from redis.exceptions import MasterDownError, OutOfMemoryError, ReadOnlyError
+from redis.exceptions import ClusterDownError, MasterDownError, OutOfMemoryError, ReadOnlyError, TryAgainError
 from redis.retry import Retry
 
 AWAY = (redis.ConnectionError, redis.TimeoutError)
+# a command that found Redis so did nothing. "BUSY " is a script that runs too long, and BUSYGROUP something else
+_NOT_NOW = ("BUSY ", "UNBLOCKED", "NOMASTERLINK")
 
 
 class TakesNoWrites(redis.ConnectionError):
     """Redis answers, but its disk or memory is full, or it became a replica: as good as away for who must write."""
 
 
-class _Answers:
-    """What a client and its pipelines make of an error."""
+class NotNow(redis.ConnectionError):
+    """Redis answers that it cannot execute commands for now: as good as away."""
 
-    def parse_response(self, *args: Any, **options: Any) -> Any:
+
+def _as_away(error: redis.ResponseError) -> redis.RedisError | None:
+    """Return the error of AWAY that stands for an answer of Redis; None if the same command would fail again."""
+    text = str(error).partition(". script:")[0]  # where in which script says nothing here
+    full = isinstance(error, (OutOfMemoryError, ReadOnlyError, MasterDownError))
+    if full or text.startswith(("MISCONF", "NOREPLICAS")):
+        return TakesNoWrites(f"Redis takes no writes: {text}")
+    passing = isinstance(error, (TryAgainError, ClusterDownError)) or "Script killed by user" in text
+    if passing or text.startswith(_NOT_NOW):
+        return NotNow(f"Redis executes no commands now: {text}")
+    return None
+
+
+class _Answers:
+    """A connection, as the base class after it makes it, that raises what `_as_away` returns."""
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
         try:
-            return super().parse_response(*args, **options)  # type: ignore[misc]
+            return super().read_response(*args, **options)  # type: ignore[misc]
         except redis.ResponseError as error:
-            refuses = (OutOfMemoryError, ReadOnlyError, MasterDownError)
-            if isinstance(error, refuses) or str(error).startswith(("MISCONF", "NOREPLICAS")):
-                why = str(error).partition(". script:")[0]  # where in which script says nothing here
-                raise TakesNoWrites(f"Redis takes no writes: {why}") from error
+            if (away := _as_away(error)) is not None:
+                raise away from error
             raise
 
 
-class _Pipeline(_Answers, Pipeline):
-    pass
+class _AsyncAnswers:
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*args, **options)  # type: ignore[misc]
+        except redis.ResponseError as error:
+            if (away := _as_away(error)) is not None:
+                raise away from error
+            raise
 
 
-class _Redis(_Answers, redis.Redis):
-    def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> Pipeline:
-        return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+def _answering(pool: Any, answers: type) -> None:
+    """Have all connections of a new pool read answers so, also those to log in and to subscribe."""
+    pool.connection_class = type("Connection", (answers, pool.connection_class), {})
 
 
 def connect(url: str, socket_timeout: float = 5.0, **options: Any) -> redis.Redis:
@@ -43,10 +66,21 @@ def connect(url: str, socket_timeout: float = 5.0, **options: Any) -> redis.Redi
 
     Nothing is retried: a command that timed out may have run, and redis-py's own retries would run it twice.
     """
-    return _Redis.from_url(
+    client = redis.Redis.from_url(
         url, retry=Retry(NoBackoff(), 0), socket_timeout=socket_timeout, socket_connect_timeout=socket_timeout,
         health_check_interval=0, **options,
     )  # fmt: skip
+    _answering(client.connection_pool, _Answers)
+    return client
+
+
+def connect_async(url: str, socket_timeout: float, **options: Any) -> redis.asyncio.Redis:
+    """The same for an event loop."""
+    client = redis.asyncio.Redis.from_url(
+        url, retry=AsyncRetry(NoBackoff(), 0), socket_timeout=socket_timeout, **options
+    )
+    _answering(client.connection_pool, _AsyncAnswers)
+    return client
 
 
 class Connected:

@@ -4,10 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-
+from worker.connection import connect_async
 from worker.job import TERMINAL_STATUSES
 from worker.keys import KEYS
 from worker.record import changes_of, place
@@ -23,10 +20,8 @@ async def follow_events(
     """
     events_key, changes_key = KEYS["events"] + job_id, KEYS["changes"] + job_id
     cursors = {events_key: after.partition(".")[0], changes_key: "0-0"}
-    client = redis.asyncio.Redis.from_url(
-        url, decode_responses=True, retry=Retry(NoBackoff(), 0), socket_timeout=quiet_seconds + 10,
-        protocol=2,  # pairs of stream and entries; RESP3 nests them
-    )  # fmt: skip
+    # protocol 2: pairs of stream and entries; RESP3 nests them
+    client = connect_async(url, quiet_seconds + 10, decode_responses=True, protocol=2)
     try:
         if not await client.exists(KEYS["job"] + job_id):
             raise JobNotFound(job_id)

@@ -14,9 +14,9 @@ import pytest
 import redis
 
 from gptcore.spec import parse_spec
-from tests.conftest import status_changes
+from tests.conftest import status_changes, wait_until
 from tests.worker.conftest import node, start, train_spec
-from worker.connection import TakesNoWrites
+from worker.connection import AWAY, TakesNoWrites, connect
 from worker.follow import follow_events
 from worker.job import TRANSITIONS, JobError, Status, new_job_id
 from worker.keys import KEYS
@@ -593,6 +593,47 @@ def test_a_redis_that_shows_no_settings_is_served_all_the_same(store: Store, red
     assert [what.partition(",")[0] for what in shy.weaknesses()] == ["INFO is not permitted"]
     shy.close()
     store._redis.execute_command("ACL DELUSER shy")
+
+
+def test_a_redis_that_is_busy_with_a_script_is_away_for_all(store: Store, redis_url: str) -> None:
+    def run_long() -> None:
+        with pytest.raises(AWAY, match="Script killed"):
+            connect(redis_url).eval("while true do end", 0)
+
+    async def follow() -> None:
+        async for _ in follow_events(redis_url, "job-1"):
+            pass
+
+    with redis.Redis.from_url(redis_url) as admin:
+        admin.config_set("busy-reply-threshold", 10)
+        thread = threading.Thread(target=run_long)
+        thread.start()
+        try:
+            wait_until(lambda: _is_busy(admin))
+            for ask in (
+                lambda: store.get_job("job-1"),
+                lambda: store.read_stream("job-1", "0-0", 1),  # a transaction
+                lambda: store.renew("job-1", 1),
+                lambda: Store(redis_url[:-1] + "1").list_nodes(),  # busy before it may choose its database
+                lambda: store.doorbell().wait(1.0),
+                lambda: asyncio.run(follow()),
+            ):
+                with pytest.raises(AWAY, match="BUSY"):
+                    ask()
+        finally:
+            admin.script_kill()
+            thread.join()
+            admin.config_set("busy-reply-threshold", 5000)
+    with pytest.raises(Superseded):
+        store.renew("job-1", 1)
+
+
+def _is_busy(client: redis.Redis) -> bool:
+    try:
+        client.get("x")
+    except redis.ResponseError:
+        return True
+    return False
 
 
 def test_a_redis_without_memory_does_nothing_by_halves(store: Store) -> None:
