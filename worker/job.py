@@ -1,5 +1,6 @@
 """What a job, a node and a slot are, and which status may follow which."""
 
+import re
 import secrets
 import time
 from datetime import datetime
@@ -34,6 +35,8 @@ TRANSITIONS: dict[Status, tuple[Status, ...]] = {
 }  # fmt: skip
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # 32 letters in ASCII order, none read as another
+_JOB_ID = re.compile(f"job-[{_ALPHABET}]{{12}}")
+_SLOT_ID = re.compile("[A-Za-z0-9_-]{1,80}-[0-9]{1,4}")  # a node's id and a number
 
 
 def new_job_id() -> str:
@@ -177,6 +180,11 @@ class Ticket(Record):
     attempt: int
     node_rank: int
     slot: str
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether its ids are of the form that the job system gives: safe as names of files."""
+        return bool(_JOB_ID.fullmatch(self.job_id) and _SLOT_ID.fullmatch(self.slot)) and self.attempt > 0
 
     @property
     def id(self) -> str:

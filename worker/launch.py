@@ -40,9 +40,12 @@ LOG_LINES = 40  # the last of a failed trainer's, in the job's error
 
 def run(job_id: str, attempt: int, node_rank: int, slot: str) -> None:
     """The one function that a ticket may call. Does nothing where the ticket is no longer good."""
+    ticket = Ticket(job_id=job_id, attempt=attempt, node_rank=node_rank, slot=slot)
+    if not ticket.is_sound:  # made by hand: its ids become names of files below
+        log.error("%s for slot %s is not a ticket that an agent made", ticket.id, slot)
+        return
     settings = Settings.from_environment()
     store = Store(settings.redis_url, socket_timeout=2.0)
-    ticket = Ticket(job_id=job_id, attempt=attempt, node_rank=node_rank, slot=slot)
     # for the agent, which ends launchers that hang
     note = slot_lock(settings, slot).with_suffix(".ticket")
     note.unlink(missing_ok=True)  # on a full disk rather none than another's

@@ -105,6 +105,8 @@ class SlotWorker(Worker):
         """The launcher is dead: say so once nothing of its attempt lives, instead of when its lease runs out."""
         settings = Settings.from_environment()
         ticket = Ticket.model_validate(dict(zip(Ticket.model_fields, job.args, strict=True)))
+        if not ticket.is_sound:
+            return
         message = f"its launcher was killed (wait status {ret_val})"
         store = Store(settings.redis_url)
 

@@ -26,11 +26,11 @@ from gptcore.spec import parse_spec
 from tests.conftest import status_changes, wait_until
 from tests.worker.conftest import Worker, living, node, start, train_spec
 from tests.worker.fake_trainer import step_event
-from worker import trainer
+from worker import launch, trainer
 from worker.agent import Agent
 from worker.connection import AWAY
 from worker.hold import ASK_SECONDS, Hold
-from worker.job import Job, JobError, Ticket
+from worker.job import Job, JobError, Ticket, new_job_id
 from worker.keys import KEYS
 from worker.launch import Launcher
 from worker.progress import Progress
@@ -709,6 +709,23 @@ def test_whatever_else_stands_in_the_queue_is_not_run(
         assert not touched.exists()
         assert TicketJob.fetch(job.id, client, JSONSerializer).func_name != FUNCTION
     assert ended(store, submit(store)).status == "succeeded"
+
+
+def test_a_ticket_made_by_hand_touches_no_file(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in settings.to_environment().items():
+        monkeypatch.setenv(name, value)
+    target = settings.home / "slots" / "a-0.ticket"
+    target.parent.mkdir(parents=True)
+    sound = Ticket(job_id=new_job_id(), attempt=1, node_rank=0, slot="a-0")
+    assert sound.is_sound
+    for changed in (
+        {"slot": f"{settings.home}/slots/a-0"}, {"slot": "../slots/a-0"}, {"slot": "a-0\n"}, {"slot": ""},
+        {"job_id": "job-1"}, {"job_id": "../../job-0123456789ab"}, {"attempt": 0},
+    ):  # fmt: skip
+        launch.run(*sound.model_copy(update=changed).model_dump().values())
+    assert [*settings.home.rglob("*")] == [target.parent]
+    launch.run(*sound.model_dump().values())  # an agent might have made this one
+    assert target.exists()
 
 
 @pytest.mark.slow
