@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +18,7 @@ from tests.conftest import status_changes
 from tests.worker.conftest import living
 from worker.job import TRANSITIONS
 from worker.keys import KEYS
+from worker.store import EVENTS_KEPT
 
 SETTLE_SECONDS = 3.0  # in which a launcher that has said how its attempt ended leaves
 
@@ -102,12 +104,13 @@ def lost(world: World, acknowledged: list[str]) -> list[str]:
 
 
 def _shipped(world: World, job_id: str) -> list[str]:
-    return [line for _, line in world.store.read_events(job_id, count=1_000_000)]
+    return [line for _, line in world.store.read_events(job_id, count=1_000_000)][-EVENTS_KEPT:]
 
 
 def _written(run: RunDir) -> list[str]:
+    """As many of the newest lines as Redis keeps."""
     attempts = [attempt for attempt in run.attempts() if attempt.events.exists()]
-    return [line for attempt in attempts for _, line in read_lines(attempt.events)]
+    return [*deque((line for attempt in attempts for _, line in read_lines(attempt.events)), maxlen=EVENTS_KEPT)]
 
 
 def _compare_streams(shipped: list[str], written: list[str]) -> list[str]:

@@ -15,11 +15,13 @@ from gptcore.events import EventBase, Step
 from gptcore.rundir import RunDir
 from tests.chaos.invariants import Outcome, duplicate_tickets, outcome, violations
 from tests.chaos.kills import Blow, Striker, arm, plans
+from tests.chaos.long_run import BLOWS, EVENTS, run_long
 from tests.chaos.watch import Watch
 from tests.chaos.world import GRACE_SECONDS, World, chaos_spec
 from worker.job import Job
 from worker.store import LEASE_SECONDS
 
+LONG_ROUND = 5  # the number of the round with a long run; the last one if there are fewer
 ROUND_SECONDS = 120.0  # a job that has not ended by then never will
 # a node that is lost with a frozen process in it: another has to notice, and to kill
 ORPHAN_SECONDS = LEASE_SECONDS + GRACE_SECONDS + 5
@@ -118,6 +120,12 @@ def run_undisturbed(world: World, watch: Watch) -> Outcome:
     return outcome(RunDir(world.settings.runs / job_id))
 
 
+def _run_long(world: World, watch: Watch) -> Result:
+    began = time.monotonic()
+    found, attempts, seconds = run_long(world, watch)
+    return Result(BLOWS, found, attempts, seconds, True, time.monotonic() - began)
+
+
 def run_rounds(count: int, seed: int) -> int:
     """Many rounds in one world, a line for each; the number of rounds in which something did not hold."""
     spec = chaos_spec()
@@ -126,10 +134,11 @@ def run_rounds(count: int, seed: int) -> int:
         undisturbed = run_undisturbed(world, watch)
         print(f"{'round':>5}  {'next step':>9}  {'attempts':>8}  {'all':>6}  what was done")
         for number, blows in enumerate(plans(count, seed, spec["max_steps"], world.can_fill_disk), 1):
-            result = run_round(world, watch, blows, undisturbed)
+            is_long = number == min(count, LONG_ROUND)
+            result = _run_long(world, watch) if is_long else run_round(world, watch, blows, undisturbed)
             results.append(result)
             after = "-" if result.recovery_seconds is None else f"{result.recovery_seconds:.1f} s"
-            said = " + ".join(map(str, blows))
+            said = (f"{EVENTS:,} events before: " if is_long else "") + " + ".join(map(str, result.blows))
             print(f"{number:>5}  {after:>9}  {result.attempts:>8}  {result.seconds:>4.0f} s  {said}", flush=True)
             for violation in result.violations:
                 print(f"{'':>5}  VIOLATED: {violation}", flush=True)
