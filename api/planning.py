@@ -8,7 +8,15 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from api.estimate import estimate
-from gptcore.init_check import CONFIG_BYTES, fetch_from_hub, refuse_another_config
+from gptcore.dataset import tokenizer_of, tokenizer_of_checkpoint
+from gptcore.init_check import (
+    CONFIG_BYTES,
+    TOKENIZER_BYTES,
+    fetch_from_hub,
+    refuse_another_config,
+    refuse_another_tokenizer,
+    refuse_another_vocabulary,
+)
 from gptcore.native import native_class
 from gptcore.plan import Hardware, Plan, plan, refuse_another_run, resolve
 from gptcore.rundir import RunDir
@@ -110,19 +118,24 @@ def _check_subject(spec: EvalSpec | PublishSpec, settings: Settings, store: Stor
 def _check_init(spec: TrainSpec, init: InitSpec, settings: Settings) -> None:
     """Refuse first weights that are not there or do not fit. A Hub that does not answer soon is left to the trainer."""
     source, pointer = init.source, "/init_from/source"
+    tokenizer = tokenizer_of(settings.datasets, spec.data.dataset)
     if source.startswith(HUB_PREFIX):
         read = partial(fetch_from_hub, source)
     else:
         run = _run_with_weights(source, pointer, settings, exported_too=True)
         if not (run.path / "config.json").exists():
             newest, step, _ = run.complete_checkpoints()[-1]
-            refuse_another_run(spec, init, json.loads((newest / "state.json").read_text("utf-8"))["spec"], step)
+            meta = json.loads((newest / "state.json").read_text("utf-8"))
+            refuse_another_run(spec, init, meta["spec"], step)
+            refuse_another_tokenizer(source, tokenizer_of_checkpoint(settings.datasets, meta), spec, tokenizer)
             return
         read = partial(_read_inside, run.path, settings)
     if init.optimizer:
         _refuse(pointer, f"{source} is a Hub folder, which has no optimiser state; leave optimizer out")
     if (config := read("config.json", CONFIG_BYTES)) is not None:
         refuse_another_config(source, spec.model, config)
+    if (vocabulary := read("tokenizer.json", TOKENIZER_BYTES)) is not None:
+        refuse_another_vocabulary(source, vocabulary, spec, tokenizer)
 
 
 def _read_inside(folder: Path, settings: Settings, name: str, limit: int) -> bytes | None:

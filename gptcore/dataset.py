@@ -7,9 +7,10 @@ tokens. No tensor and no numpy here: the API reads these descriptions too.
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -99,6 +100,22 @@ def tokenizer_of(root: Path, name: str) -> Tokenizer:
     known = {*BUILTIN, *(d.name for d in list_datasets(root))}
     way_out = f"{closest(name, known)} or make it: trainmaster prepare {name} --text FILE"
     raise refusal("/data/dataset", f"dataset {name!r} is unknown; {way_out}")
+
+
+def tokenizer_of_checkpoint(root: Path, meta: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer that a run was trained with; `meta`: the state.json of its checkpoint.
+
+    A checkpoint of an older version does not name it. Then it is its dataset's, or, if that is gone, the only one whose
+    tokens fit the vocabulary: "bytes" below GPT-2's 50257.
+    """
+    recorded: Tokenizer | None = meta.get("tokenizer")
+    if recorded in VOCAB_SIZES:
+        return recorded
+    spec = meta["spec"]
+    try:
+        return tokenizer_of(root, spec["data"]["dataset"])
+    except SpecError:
+        return "bytes" if spec["model"]["vocab_size"] < VOCAB_SIZES["gpt2"] else "gpt2"
 
 
 def shard_header(tokens: int) -> bytes:

@@ -26,11 +26,10 @@ from gptcore.rundir import datasets_root, write_atomically
 from gptcore.scorer import Scorer
 from gptcore.spec import EvalSpec, refusal
 from gptcore.subject import HubFolder, Trained, find_subject
-from gptcore.tokenizer import load_tokenizer
+from gptcore.tokenizer import PROBE, tokenizer_difference
 
 HARNESS = "lm_eval:"
 LONGEST_WINDOW = 1024  # of val_loss for models of others, whose contexts may be huge
-PROBE = "def f(x):\n    return 'naïve' * 12345\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,8 +96,8 @@ def _score_val_loss(spec: EvalSpec, subject: Trained | HubFolder, scorer: Scorer
     dataset = read_dataset(datasets_root(), name)
     if dataset is None:
         raise refusal("/dataset", f"dataset {name!r} is not prepared on this machine; trainmaster prepare makes it")
-    if scorer.encode(PROBE) != load_tokenizer(dataset.tokenizer).encode(PROBE).tolist():
-        raise refusal("/dataset", f"dataset {name!r} is of the tokenizer {dataset.tokenizer}, the model of another")
+    if difference := tokenizer_difference(scorer.encode(PROBE), dataset.tokenizer):
+        raise refusal("/dataset", f"dataset {name!r} has another tokenizer than the model: {difference}")
     windows = Windows(datasets_root() / name, dataset.val, min(scorer.block_size, LONGEST_WINDOW)
                       if trained is None else scorer.block_size)  # fmt: skip
     if not windows.count:
@@ -141,8 +140,11 @@ def _run_harness(task: str, manager: Any, folder: Path, limit: int | None, dist:
     import lm_eval
 
     began, examples = time.perf_counter(), task.partition("@")[2]
+    model = {
+        "pretrained": str(folder), "dtype": "float32", "trust_remote_code": False, "attn_implementation": "sdpa"
+    }  # fmt: skip
     answer = lm_eval.simple_evaluate(
-        model="hf", model_args={"pretrained": str(folder), "dtype": "float32"}, tasks=[_harness_name(task)],
+        model="hf", model_args=model, tasks=[_harness_name(task)],
         num_fewshot=int(examples) if examples else None, limit=limit, task_manager=manager,
         device=dist.device.type, batch_size="auto" if dist.device.type == "cuda" else 8, log_samples=False,
     )  # fmt: skip

@@ -14,15 +14,21 @@ from typing import Any
 
 import httpx2
 
+from gptcore.dataset import VOCAB_SIZES, Tokenizer
 from gptcore.native import CLASSES, config_fields
 from gptcore.plan import refuse_another_shape
 from gptcore.presets import shown
-from gptcore.spec import HUB_PREFIX, ModelSpec, refusal
+from gptcore.spec import HUB_PREFIX, ModelSpec, SpecError, TrainSpec, refusal
 
 _refusal = partial(refusal, "/init_from/source")
 CONFIG_BYTES = 1 << 20  # no config.json of a stock class comes near it
+TOKENIZER_BYTES = 4 << 20  # GPT-2's tokenizer.json has 3.6 MB with its merges as pairs
 HUB_SECONDS = 3.0  # in all, so that a Hub that is away delays a submission by no more
 MAX_REDIRECTS = 3
+# ids of a few words, as a tokenizer.json spells them
+SPELLED: dict[Tokenizer, dict[str, int]] = {
+    "bytes": {"a": 97, "Z": 90, "Ġ": 32}, "gpt2": {"a": 64, "Ġthe": 262, "Ġmodel": 2746, "def": 4299},
+}  # fmt: skip
 # keys of a config.json that change the function a class computes, and the values that we compute
 _COMPUTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "rope_type": ("default",), "type": ("default",),
@@ -34,6 +40,36 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
 def refuse_another_config(source: str, model: ModelSpec, config_json: bytes) -> None:
     """Raise SpecError if the model that `config.json` describes cannot give `model` its first weights."""
     refuse_another_shape(source, model, fields_of_config(_object(source, config_json)), may_shorten=True)
+
+
+def refuse_another_tokenizer(source: str, theirs: Tokenizer, spec: TrainSpec, ours: Tokenizer) -> None:
+    """Raise SpecError if the run in `source` was trained with another tokenizer than the spec's dataset has, `ours`."""
+    if theirs != ours:
+        raise tokenizer_refusal(source, spec, f"{theirs} there ({VOCAB_SIZES[theirs]} tokens), {ours} here", ours)
+
+
+def refuse_another_vocabulary(source: str, tokenizer_json: bytes, spec: TrainSpec, ours: Tokenizer) -> None:
+    """Raise SpecError if a tokenizer.json gives common words other ids than the dataset's tokenizer, `ours`.
+
+    Only looks words up: a foreign file may hold a pattern that takes hours to match, so the API encodes nothing.
+    Equal words do not make an equal tokenizer; the trainer encodes a text with both.
+    """
+    try:
+        vocabulary = json.loads(tokenizer_json)["model"]["vocab"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise _refusal(f"tokenizer.json of {source} cannot be read: {error!r}") from error
+    listed = vocabulary if isinstance(vocabulary, dict) else {}
+    if other := {word: listed.get(word) for word, id in SPELLED[ours].items() if listed.get(word) != id}:
+        numbers = ", ".join(f"{w!r} is {shown(id)} there, {SPELLED[ours][w]} in {ours}" for w, id in other.items())
+        raise tokenizer_refusal(source, spec, numbers, ours)
+
+
+def tokenizer_refusal(source: str, spec: TrainSpec, difference: str, ours: Tokenizer) -> SpecError:
+    """Return what to raise for weights of another tokenizer than the dataset's, `ours`."""
+    return _refusal(
+        f"{source} has another tokenizer than dataset {spec.data.dataset}: {difference}; name a dataset prepared with "
+        f"the tokenizer of {source}, or take weights that were trained with {ours}"
+    )
 
 
 def _object(source: str, config_json: bytes) -> dict[str, Any]:

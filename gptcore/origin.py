@@ -12,13 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gptcore.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
+from gptcore.dataset import Tokenizer, tokenizer_of_checkpoint
 from gptcore.export import VOCAB_TABLES
 from gptcore.failure import Unavailable
-from gptcore.init_check import refuse_another_config
+from gptcore.init_check import refuse_another_config, refuse_another_tokenizer, tokenizer_refusal
 from gptcore.native import native_tensors
 from gptcore.plan import refuse_another_run
-from gptcore.rundir import RunDir
+from gptcore.rundir import RunDir, datasets_root
+from gptcore.scorer import load_encode
 from gptcore.spec import HUB_PREFIX, InitSpec, ModelSpec, TrainSpec, refusal
+from gptcore.tokenizer import PROBE, tokenizer_difference
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,36 @@ class Origin:
     checkpoint: Checkpoint | None
 
 
-def load_origin(spec: TrainSpec, init: InitSpec, runs: Path) -> Origin:
-    """What `init`, the spec's `init_from`, names. Raises SpecError where it is not there or is of another shape."""
+def load_origin(spec: TrainSpec, init: InitSpec, runs: Path, tokenizer: Tokenizer) -> Origin:
+    """Return the weights that `init`, the spec's `init_from`, names; `tokenizer`: of the spec's dataset.
+
+    Raises SpecError if they are not there, or are of another shape or tokenizer.
+    """
     folder = locate(init.source, runs, "/init_from/source")
     if (folder / "config.json").is_file():
         if init.optimizer:
             raise _refusal(f"{init.source} is a Hub folder, which has no optimiser state; leave optimizer out")
         refuse_another_config(init.source, spec.model, (folder / "config.json").read_bytes())
+        if difference := tokenizer_difference(_tokens_of_probe(init.source, folder), tokenizer):
+            raise tokenizer_refusal(init.source, spec, difference, tokenizer)
         return Origin(import_weights(spec.model, _safetensors(folder)), None)
     checkpoints = list_checkpoints(RunDir(folder))
     if not checkpoints:
         raise _refusal(f"{init.source} has neither config.json nor a complete checkpoint in {folder}")
     newest = checkpoints[-1]
     chosen = newest if init.optimizer else best_checkpoint(RunDir(folder), newest.state()) or newest
-    refuse_another_run(spec, init, chosen.meta()["spec"], chosen.step)
+    meta = chosen.meta()
+    refuse_another_run(spec, init, meta["spec"], chosen.step)
+    refuse_another_tokenizer(init.source, tokenizer_of_checkpoint(datasets_root(), meta), spec, tokenizer)
     return Origin(chosen.weights(), chosen if init.optimizer else None)
+
+
+def _tokens_of_probe(source: str, folder: Path) -> list[int]:
+    """Return the tokens of PROBE by a Hub folder's own tokenizer. Raises SpecError if it has none that loads."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        way_out = "save its tokenizer there too, with transformers' save_pretrained"
+        raise _refusal(f"{source} has no tokenizer to compare with the dataset's; {way_out}")
+    return load_encode(folder, "/init_from/source")(PROBE)
 
 
 def locate(source: str, runs: Path, pointer: str) -> Path:

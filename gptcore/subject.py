@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from gptcore.checkpoint import Checkpoint, best_checkpoint, list_checkpoints, set_weights
-from gptcore.dataset import tokenizer_of
+from gptcore.dataset import tokenizer_of_checkpoint
 from gptcore.events import Evaluated
 from gptcore.model import GPT
 from gptcore.origin import locate
@@ -62,6 +62,7 @@ def find_subject(asked: SourceModel, runs: Path, datasets: Path) -> Trained | Hu
             have = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
             raise refusal("/step", f"step {asked.step} has no checkpoint in {asked.source}; it has {have}")
         chosen = of_step[-1]
-    spec = parse_spec(chosen.meta()["spec"])
+    meta = chosen.meta()
+    spec = parse_spec(meta["spec"])
     assert isinstance(spec, TrainSpec)
-    return Trained(run, chosen, spec, tokenizer_of(datasets, spec.data.dataset))
+    return Trained(run, chosen, spec, tokenizer_of_checkpoint(datasets, meta))

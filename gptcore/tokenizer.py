@@ -11,6 +11,8 @@ GPT2_RANKS = Path(__file__).parent / "assets" / "gpt2.tiktoken"
 # the hash tiktoken itself demands of these ranks
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_EOT = 50256
+# code, numbers, blanks, accents, scripts, an emoji, CRLF: tokenizers that agree on it are taken for equal
+PROBE = "def f(x):\n\treturn 'naïve' * 12345 + x  # it's 你好 😀\r\n\n\n    I'LL pay £3.50\n"
 # how GPT-2 parts a text before it merges bytes (Radford et al. 2019)
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
@@ -82,3 +84,13 @@ def gpt2_ranks() -> dict[bytes, int]:
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called "bytes" or "gpt2"."""
     return ByteTokenizer() if name == "bytes" else GPT2Tokenizer()
+
+
+def tokenizer_difference(theirs: list[int], name: str) -> str:
+    """Return how the tokens `theirs` of PROBE differ from those of tokenizer `name`; empty if they are equal."""
+    ours = load_tokenizer(name).encode(PROBE).tolist()
+    if theirs == ours:
+        return ""
+    at = next((i for i, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]), None)
+    first = "" if at is None else f", the first other one at {at}: {theirs[at]} instead of {ours[at]}"
+    return f"a probe text is {len(theirs)} tokens there, {len(ours)} with {name}{first}"

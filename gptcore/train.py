@@ -289,7 +289,7 @@ class Trainer:
         init = self.spec.init_from
         if init is None:
             return
-        origin = load_origin(self.spec, init, self.run.path.parent)
+        origin = load_origin(self.spec, init, self.run.path.parent, self.dataset.tokenizer)
         set_weights(self.model, origin.weights)
         if origin.checkpoint is not None:
             load_optimizer_tensors(self.model, self.optimizers, self.dist, origin.checkpoint.optimizer())
@@ -400,7 +400,7 @@ class Trainer:
             self.state.probe_loss = self._probe_loss()
             shape = {
                 "world_size": self.dist.world_size, "micro_batch_size": self.planned.micro_batch_size,
-                "precision": self.precision,
+                "precision": self.precision, "tokenizer": self.dataset.tokenizer,
             }  # fmt: skip
             self.saver.save(self.state, dict(self.model.named_parameters()), moments, shape)  # a tied one once
         self._phase("training")

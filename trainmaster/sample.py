@@ -1,6 +1,6 @@
 """`trainmaster sample`: text from an exported model as it is written, by stock transformers.
 
-What loads here loads anywhere: no code of ours takes part.
+What loads here loads anywhere: the model, its tokenizer and the sampling are stock code.
 """
 
 import json
@@ -27,13 +27,15 @@ def main(
     if Path(name).exists():
         os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import AutoTokenizer, TextStreamer
     from transformers.utils import logging
+
+    from gptcore.scorer import load_model
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        net: Any = AutoModelForCausalLM.from_pretrained(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        net: Any = load_model(name, "auto")
     except OSError as error:  # no such repository, or the Hub is out of reach
         raise Mistake(f"{name}: {error}") from error
     context = net.config.max_position_embeddings

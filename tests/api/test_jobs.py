@@ -223,11 +223,17 @@ def test_first_weights_are_looked_at_before_a_job_is_queued(http: httpx2.Client,
     (error,) = http.post("/jobs", json=spec).json()["errors"]
     assert error["pointer"] == "/init_from/source" and "has no checkpoint yet" in error["message"]
     (checkpoint / "state.json").write_text(
-        json.dumps({"sizes": {}, "spec": {"model": model, "optim": {"name": "adamw"}}})
+        json.dumps({"sizes": {}, "spec": train_spec(model=model, optim={"name": "adamw"})})
     )
     assert http.post("/jobs", json=spec).status_code == 201
     (error,) = http.post("/jobs", json=spec | {"model": spec["model"] | {"n_layer": 3}}).json()["errors"]
     assert "n_layer is 4 there, 3 here" in error["message"]
+    other = {"data": {"dataset": "python-stdlib-gpt2"}, "model": model | {"vocab_size": 50257}}
+    meta = json.loads((checkpoint / "state.json").read_text())
+    meta["spec"]["model"]["vocab_size"] = 50257
+    (checkpoint / "state.json").write_text(json.dumps(meta))
+    (error,) = http.post("/jobs", json=spec | other).json()["errors"]
+    assert "first has another tokenizer than dataset python-stdlib-gpt2: bytes there (256" in error["message"]
 
 
 class FakeHub(Handler):
@@ -264,11 +270,16 @@ def test_a_config_is_compared_before_a_job_is_queued_wherever_it_lies(
     folder.mkdir(parents=True)
     shorter = train_spec(model=model | {"block_size": model["block_size"] // 2})
     for source in ("theirs", "hf://someone/gpt@main"):
+        fake_hub.pop("tokenizer.json", None)
         for content, changes, said in (
             (config, {"model": model | {"n_layer": 3}}, "n_layer is 4 there, 3 here"),
             (b"[1]", {}, "is not a JSON object"),
             (config, shorter, ""),
+            (config, {"model": model}, "'a' is 64 there, 97 in bytes; name a dataset prepared with the tokenizer of"),
         ):
+            if said.startswith("'a'"):
+                fake_hub["tokenizer.json"] = json.dumps({"model": {"vocab": {"a": 64, "Z": 90, "Ġ": 32}}}).encode()
+                (folder / "tokenizer.json").write_bytes(fake_hub["tokenizer.json"])
             (folder / "config.json").write_bytes(content)
             fake_hub["config.json"] = content
             answer = http.post("/jobs/plan", json=train_spec(**changes) | {"init_from": {"source": source}})

@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptcore.checkpoint import list_checkpoints
+from gptcore.dataset import VOCAB_SIZES, Tokenizer, tokenizer_of_checkpoint
 from gptcore.events import Evaluated, Failed, Finished, Notice, Step
-from gptcore.export import export_model, native_weights
+from gptcore.export import export_model, native_weights, write_tokenizer
+from gptcore.init_check import refuse_another_vocabulary
 from gptcore.model import GPT
 from gptcore.native import native_config
 from gptcore.origin import load_origin
@@ -30,6 +33,7 @@ def saved_by_transformers(spec: ModelSpec, folder: Path) -> Any:
         for parameter in native.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     native.save_pretrained(folder)
+    write_tokenizer(folder, "bytes", spec.block_size)
     return native.eval()
 
 
@@ -38,7 +42,7 @@ def saved_by_transformers(spec: ModelSpec, folder: Path) -> Any:
 def test_import_and_export_give_the_same_tensors_and_logits(tmp_path: Path, family: str, tied: bool) -> None:
     spec = tiny_model(family, tie_embeddings=tied, vocab_size=256)
     native = saved_by_transformers(spec, tmp_path / "theirs")
-    origin = load_origin(of_model(spec), InitSpec(source="theirs"), tmp_path)
+    origin = load_origin(of_model(spec), InitSpec(source="theirs"), tmp_path, "bytes")
     ours = GPT(spec)
     ours.load_state_dict(origin.weights, strict=False)
     tokens = torch.randint(0, 256, (2, 64))
@@ -53,7 +57,7 @@ def test_import_and_export_give_the_same_tensors_and_logits(tmp_path: Path, fami
 
 def refused(init: InitSpec, spec: ModelSpec, runs: Path) -> str:
     with pytest.raises(SpecError) as caught:
-        load_origin(of_model(spec), init, runs)
+        load_origin(of_model(spec), init, runs, "bytes")
     [problem] = caught.value.problems
     assert problem.pointer == "/init_from/source"
     return problem.message
@@ -100,7 +104,9 @@ def test_what_a_config_leaves_out_is_what_its_class_takes_for_it(tmp_path: Path)
     left = {"num_key_value_heads", "rms_norm_eps"}
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k not in left}))
     ours = GPT(spec)
-    ours.load_state_dict(load_origin(of_model(spec), InitSpec(source="theirs"), tmp_path).weights, strict=False)
+    ours.load_state_dict(
+        load_origin(of_model(spec), InitSpec(source="theirs"), tmp_path, "bytes").weights, strict=False
+    )
     tokens = torch.randint(0, 256, (2, 64))
     assert (ours.logits(tokens) - native(tokens).logits).abs().max() < 1e-4
 
@@ -109,7 +115,7 @@ def test_what_a_config_leaves_out_is_what_its_class_takes_for_it(tmp_path: Path)
 def test_a_rope_model_may_train_at_a_shorter_context_and_exports_it(tmp_path: Path, family: str) -> None:
     native = saved_by_transformers(tiny_model(family, vocab_size=256, block_size=64), tmp_path / "theirs")
     spec = tiny_model(family, vocab_size=256, block_size=16)
-    origin = load_origin(of_model(spec), InitSpec(source="theirs"), tmp_path)
+    origin = load_origin(of_model(spec), InitSpec(source="theirs"), tmp_path, "bytes")
     export_model(tmp_path / "export", spec, origin.weights, "bytes")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
     assert exported.config.max_position_embeddings == 16
@@ -128,6 +134,40 @@ def test_another_context_that_no_weights_allow_is_explained(
     saved_by_transformers(tiny_model(family, vocab_size=256), tmp_path / "theirs")
     message = refused(InitSpec(source="theirs"), tiny_model(family, vocab_size=256, block_size=block_size), tmp_path)
     assert f"block_size is 64 there, {block_size} here" in message and said in message
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "none", "damaged"])
+def test_weights_of_another_tokenizer_are_refused_whatever_their_shape(tmp_path: Path, tokenizer: str) -> None:
+    spec = tiny_model("llama", vocab_size=50257)
+    saved_by_transformers(spec, tmp_path / "theirs")
+    if tokenizer == "gpt2":
+        write_tokenizer(tmp_path / "theirs", "gpt2", 64)
+        said = (
+            "has another tokenizer than dataset small: a probe text is 43 tokens there, 82 with bytes, the first other"
+        )
+    elif tokenizer == "none":
+        (tmp_path / "theirs" / "tokenizer.json").unlink()
+        said = "has no tokenizer to compare with the dataset's; save its tokenizer there too"
+    else:
+        (tmp_path / "theirs" / "tokenizer.json").write_text('{"model": []}')
+        said = "transformers cannot load"
+    assert said in refused(InitSpec(source="theirs"), spec, tmp_path)
+
+
+def test_the_tokenizer_of_a_run_is_known_once_its_dataset_has_gone(tmp_path: Path) -> None:
+    gone = {"spec": {"data": {"dataset": "gone"}, "model": {"vocab_size": 512}}}
+    assert tokenizer_of_checkpoint(tmp_path, gone) == "bytes"
+    assert tokenizer_of_checkpoint(tmp_path, gone | {"tokenizer": "gpt2"}) == "gpt2"
+    builtin = {"data": {"dataset": "fineweb-10bt"}, "model": {"vocab_size": 50257}}
+    assert tokenizer_of_checkpoint(tmp_path, {"spec": builtin}) == "gpt2"
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_a_tokenizer_is_told_from_the_other_by_a_few_words(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_tokenizer(tmp_path, tokenizer, 64)
+    for ours in VOCAB_SIZES:
+        with nullcontext() if ours == tokenizer else pytest.raises(SpecError, match=r"'a' is .* there, .* in"):
+            refuse_another_vocabulary("theirs", (tmp_path / "tokenizer.json").read_bytes(), tiny_spec(), ours)
 
 
 @pytest.mark.parametrize("source", ["nowhere", "../../etc", "empty"])
