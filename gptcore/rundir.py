@@ -36,6 +36,9 @@ def datasets_root() -> Path:
     return home() / "datasets"
 
 
+_LOG = re.compile(r"train(-[0-9]{1,6})?\.log").fullmatch
+
+
 @dataclass(frozen=True)
 class Attempt:
     """The folder of one attempt at a job: `attempts/0003/`."""
@@ -49,7 +52,18 @@ class Attempt:
 
     @property
     def log(self) -> Path:
-        return self.path / "train.log"
+        return self.node_log(0)
+
+    def node_log(self, node_rank: int) -> Path:
+        """What the ranks of one node print: train.log of node rank 0, train-1.log of the next."""
+        return self.path / (f"train-{node_rank}.log" if node_rank else "train.log")
+
+    def node_logs(self) -> dict[int, Path]:
+        """Return the logs that exist, by node rank."""
+        found = {
+            int(path.stem.partition("-")[2] or 0): path for path in self.path.glob("train*.log") if _LOG(path.name)
+        }
+        return dict(sorted(found.items()))
 
     @property
     def stop(self) -> Path:

@@ -16,6 +16,7 @@ from worker.store import LEASE_SECONDS, Superseded
 
 # for a part whose other parts are gone: its ranks wait for theirs in vain
 BROKEN_SECONDS = 3.0
+FILES_SECONDS = 75.0  # for the first node's files to appear: longer than NFS caches that a file is missing
 
 
 class Member:
@@ -23,16 +24,21 @@ class Member:
         self._settings = settings
         self._hold = hold
         self._ticket = hold.ticket
-        self._attempt = RunDir(settings.runs / hold.ticket.job_id).attempt(hold.ticket.attempt)
+        self._run_dir = RunDir(settings.runs / hold.ticket.job_id)
+        self._attempt = self._run_dir.attempt(hold.ticket.attempt)
         self._held_at = time.monotonic()
 
     def run(self) -> None:
         """Raises Superseded once nothing of this part lives, where the attempt was given up meanwhile."""
         broke = ""
         if self._clear_slot() and (meeting := self._await_meeting()):
-            processes.sign(self._attempt.path, self._ticket.node_rank)
-            with shared(self._attempt.lock):
-                broke = self._train(meeting)
+            if self._await_files():
+                processes.sign(self._attempt.path, self._ticket.node_rank)
+                with shared(self._attempt.lock):
+                    broke = self._train(meeting)
+            else:
+                broke = f"{self._name}: {self._run_dir.spec} did not appear within {FILES_SECONDS:g} s; "
+                broke += "is the runs root one file system on all nodes?"
         ticket = self._ticket
         self._hold.insist(lambda: self._hold.store.leave(ticket.job_id, ticket.attempt, ticket.node_rank, broke))
 
@@ -53,12 +59,23 @@ class Member:
             time.sleep(TICK_SECONDS)
         return "" if word == "over" else word
 
+    def _await_files(self) -> bool:
+        """Wait until what the first node wrote is seen here; false after FILES_SECONDS, or once the attempt is over.
+
+        An NFS client remembers for up to a minute that a file was not there.
+        """
+        give_up_at = time.monotonic() + FILES_SECONDS
+        while not (self._run_dir.spec.exists() and self._attempt.path.exists()):
+            if self._word() == "over" or time.monotonic() > give_up_at:
+                return False
+            time.sleep(TICK_SECONDS)
+        return True
+
     def _train(self, meeting: str) -> str:
         """Run this node's ranks to their end; why they broke, where they did."""
-        run_dir = self._attempt.path.parents[1]
-        spec = read_spec(run_dir / "spec.json")
-        log = self._attempt.log.with_stem(f"train-{self._ticket.node_rank}")
-        tree = trainer.start(spec, self._settings, run_dir, self._ticket, meeting, log)
+        spec = read_spec(self._run_dir.spec)
+        log = self._attempt.node_log(self._ticket.node_rank)
+        tree = trainer.start(spec, self._settings, self._run_dir.path, self._ticket, meeting, log)
         over = False
         while tree.alive():
             try:
@@ -73,7 +90,11 @@ class Member:
             time.sleep(TICK_SECONDS)
         if over or tree.returncode == 0 or self._attempt.stop.exists():
             return ""
-        return f"node rank {self._ticket.node_rank} in slot {self._ticket.slot}: torchrun ended with {tree.returncode}"
+        return f"{self._name}: torchrun ended with {tree.returncode}"
+
+    @property
+    def _name(self) -> str:
+        return f"node rank {self._ticket.node_rank} in slot {self._ticket.slot}"
 
     def _word(self) -> str:
         """What the first node says: see `Store.renew`. Raises Superseded, but not for one moment's word.

@@ -19,7 +19,7 @@ from rq import Queue
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
-from gptcore.events import Finished, JsonlReport, Notice, PhaseChanged, parse_event, read_lines
+from gptcore.events import Finished, JsonlReport, Notice, PhaseChanged, Scored, parse_event, read_lines
 from gptcore.plan import Hardware, plan
 from gptcore.rundir import RunDir
 from gptcore.spec import parse_spec
@@ -328,6 +328,24 @@ def test_a_trainer_that_hangs_is_asked_once_to_leave(store: Store, fake: Setting
     store.request_cancel(job_id)
     assert ended(store, job_id).status == "cancelled"
     assert attempt.log.read_text().count("in main") == 1
+
+
+def test_results_of_an_earlier_attempt_stay_when_a_later_one_scores(store: Store, fake: Settings) -> None:
+    store.register_node(node("a", 1))
+    job_id = submit(store)
+    run = RunDir(fake.runs / job_id)
+    for number, results in ((1, {"a": 1.0, "b": 1.0}), (2, {"b": 2.0}), (3, {"c": 3.0})):
+        ticket = start(store, job_id)
+        report = JsonlReport(run.claim_attempt().events, number)
+        report(Scored(step=1, task="t", results=results, seconds=1.0))
+        report.close()
+        if number > 1:  # what the first left is shipped with the second's
+            shipper = Shipper(store, job_id, run, number, None)
+            while shipper.send():
+                pass
+        store.lose(job_id, ticket.attempt, 9, JobError(reason="lost", message="killed"), who="t")
+        store._redis.hdel(KEYS["job"] + job_id, "not_before")
+    assert store.get_job(job_id).results == {"a": 1.0, "b": 2.0, "c": 3.0}
 
 
 def test_only_a_silence_far_longer_than_any_step_is_a_hang() -> None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from gptcore.prepare import prepare
+from gptcore.rundir import RunDir, write_atomically
 from gptcore.sources import text_files
 from gptcore.spec import parse_spec
 from tests.conftest import status_changes, wait_until
-from tests.worker.conftest import Worker, living, train_spec
+from tests.worker.conftest import Worker, living, node, train_spec
 from tests.worker.test_end_to_end import TEXTS
 from tests.worker.test_launch import at_step, ended, shipped, statuses, written
+from worker.hold import Hold
 from worker.job import Job
+from worker.member import Member
 from worker.processes import SLOT
 from worker.settings import Settings
 from worker.store import Store
@@ -95,6 +100,44 @@ def test_a_member_whose_trainer_breaks_is_named(store: Store, fake: Settings, st
     job = ended(store, submit_wide(store, labels={"member_dies": "9"}))
     assert job.status == "failed" and job.error is not None
     assert job.error.message == f"node rank 1 in slot {job.nodes[1].slot}: torchrun ended with 1"
+
+
+def test_a_member_waits_for_files_that_its_file_system_shows_late(
+    store: Store, fake: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.member.FILES_SECONDS", 0.5)
+    for name in "ab":
+        store.register_node(node(name, 1))
+    job_id = submit_wide(store)
+    assert store.reserve("default") == 1
+    first, second = store.outbox()
+    assert store.claim(first, "boot") and store.claim(second, "boot")
+    member = Member(fake, Hold(store, second, grace_seconds=1.0))
+    run = RunDir(fake.runs / job_id)
+
+    def appear() -> None:
+        run.claim_attempt()
+        write_atomically(run.spec, "{}")
+
+    late = threading.Timer(0.2, appear)
+    late.start()
+    assert member._await_files()
+    late.join()
+    run.spec.unlink()
+    store.report(job_id, 1, {"rendezvous": "127.0.0.1 1"})
+    member.run()
+    broken = store.renew(job_id, 1)
+    assert broken.startswith(f"broken: node rank 1 in slot {second.slot}: {run.spec} did not appear within 0.5 s")
+
+
+def test_the_log_of_each_node_is_found_by_its_rank(tmp_path: Path) -> None:
+    attempt = RunDir(tmp_path).claim_attempt()
+    assert attempt.node_logs() == {}
+    for rank in (11, 0, 2):
+        attempt.node_log(rank).touch()
+    for other in ("train-.log", "train-x.log", "train.log.old"):
+        (attempt.path / other).touch()
+    assert [*attempt.node_logs()] == [0, 2, 11] and attempt.log == attempt.path / "train.log"
 
 
 def test_a_drained_member_stops_the_whole_job_with_a_checkpoint(
