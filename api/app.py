@@ -20,7 +20,7 @@ from api.guard import MAX_BODY_BYTES, Guard, needed_scope
 from api.hub import Hub
 from api.monitoring import Monitor, Observed
 from api.routes import STATIC, Services, router
-from api.series import run_cache
+from api.series import RunCache
 from worker.connection import AWAY
 from worker.keyring import KeyRing
 from worker.schema import Schema, SchemaTooNew
@@ -76,7 +76,7 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
             Middleware(Guard, hosts=hosts, keys=keys, open_without_keys=is_open),
         ],
     )  # fmt: skip
-    app.state.services = Services(settings, store, keys, hub, monitor, run_cache(settings.runs))
+    app.state.services = Services(settings, store, keys, hub, monitor, RunCache(settings.runs))
     app.include_router(files.router)
     app.include_router(compare.router)
     app.include_router(router, max_body_size=MAX_BODY_BYTES)  # of bodies that do not say their length

@@ -1,20 +1,23 @@
 """Several runs beside each other: curves on one axis, what differs in their specs, and where they part."""
 
-from bisect import bisect_right
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
 from api.problems import Refusal
-from api.routes import PROBLEMS, With
-from api.series import Key, Points
+from api.routes import PROBLEMS, Services, With
+from api.series import Key, Run
+from gptcore.curves import Column
 from gptcore.spec import Problem
 
 router = APIRouter(responses=PROBLEMS, tags=["runs"])
 MOST_JOBS = 20
+PARTED_STEPS = 4096  # compared at a time
 Axis = Literal["step", "tokens", "seconds"]
 
 
@@ -40,8 +43,8 @@ class Comparison(BaseModel):
     )
 
 
-@router.get("/compare")
-def compare(
+@router.get("/compare", response_model=Comparison)
+async def compare(
     services: With,
     job: Annotated[list[str], Query(description="ids; two or more", min_length=1, max_length=MOST_JOBS)],
     keys: Annotated[
@@ -49,17 +52,22 @@ def compare(
     ] = None,
     by: Axis = "step",
     max_points: Annotated[int, Query(ge=10, le=100_000, description="a curve")] = 1000,
-) -> Comparison:
+) -> Response:
     """Curves of several jobs on one axis, the differences of what they ran with, and where they part."""
     if len(set(job)) < 2:
         problem = Problem(pointer="/query/job", message=f"job {job} names one job; name another one to compare it with")
         raise Refusal(422, "invalid_parameter", problem.message, [problem])
-    jobs = [services.store.get_job(one) for one in dict.fromkeys(job)]
+    found = await services.read(
+        _compare, services, [*dict.fromkeys(job)], keys or ("train_loss", "val_loss"), by, max_points
+    )
+    return Response(found.model_dump_json(), media_type="application/json")
+
+
+def _compare(services: Services, job_ids: Sequence[str], keys: Sequence[Key], by: Axis, max_points: int) -> Comparison:
+    jobs = [services.store.get_job(one) for one in job_ids]
     runs = [services.run(one.id) for one in jobs]
-    asked: Sequence[Key] = keys or ("train_loss", "val_loss")
-    whole = [run.metrics([*asked, "step_seconds"]).series for run in runs]
-    thinned = [run.metrics(asked, max_points=max_points).series for run in runs]
-    axes = [_axis(by, one.spec, series["step_seconds"]) for one, series in zip(jobs, whole, strict=True)]
+    thinned = [run.metrics(keys, max_points=max_points).series for run in runs]
+    axes = [_axis(by, one.spec, run) for one, run in zip(jobs, runs, strict=True)]
     started = [run.started() for run in runs]
     documents = [
         {"spec": one.spec, "versions": start.get("versions", {})}
@@ -74,22 +82,23 @@ def compare(
                 AlignedPoints(x=[axis(step) for step in curves[key].step], value=curves[key].value)
                 for axis, curves in zip(axes, thinned, strict=True)
             ]
-            for key in asked
+            for key in keys
         },
         differences=list(_differences(documents)),
-        parted_at={key: _parted_at([series[key] for series in whole]) for key in asked},
+        parted_at={key: _parted_at(runs, key) for key in keys},
     )
 
 
-def _axis(by: Axis, spec: Mapping[str, Any], step_seconds: Points) -> Any:
+def _axis(by: Axis, spec: Mapping[str, Any], run: Run) -> Any:
     """From a step to where it stands on the axis."""
     if by == "step":
         return float
     if by == "tokens":
         return lambda step: float(step * spec.get("tokens_per_step", 0))
     # what was evaluated at a step that the guard skipped stands behind the steps before it
-    spent = [0.0, *accumulate(step_seconds.value)]
-    return lambda step: spent[bisect_right(step_seconds.step, step)]
+    steps, seconds = run.part("step_seconds")
+    spent = array("d", accumulate(seconds, initial=0.0))
+    return lambda step: spent[bisect_right(steps, step)]
 
 
 def _differences(documents: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
@@ -108,9 +117,31 @@ def _leaves(pointer: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from _leaves(f"{pointer}/{name.replace('~', '~0').replace('/', '~1')}", inner)
 
 
-def _parted_at(curves: Sequence[Points]) -> int | None:
+def _parted_at(runs: Sequence[Run], key: Key) -> int | None:
+    """The first step that all runs made and at which their values differ. Runs that differ do so early as a rule, so
+    what is compared at a time starts small and grows."""
+    start, size = 0, PARTED_STEPS
+    while True:
+        parts = [run.part(key, start, start + size) for run in runs]
+        for at in range(start, start + size, PARTED_STEPS):
+            if (parted := _first_difference([_between(part, at, at + PARTED_STEPS) for part in parts])) is not None:
+                return parted
+        if any(run.last_step(key) < start + size for run in runs):
+            return None
+        start, size = start + size, 2 * size
+
+
+def _between(part: Column, start: int, stop: int) -> Column:
+    steps, values = part
+    where = slice(bisect_left(steps, start), bisect_left(steps, stop))
+    return steps[where], values[where]
+
+
+def _first_difference(parts: Sequence[Column]) -> int | None:
     """Values are compared as written: runs that should be alike are alike to the last bit."""
-    first, *others = (dict(zip(points.step, map(repr, points.value), strict=True)) for points in curves)
+    if len({(steps.tobytes(), values.tobytes()) for steps, values in parts}) == 1:
+        return None
+    first, *others = (dict(zip(steps, map(repr, values), strict=True)) for steps, values in parts)
     for step, value in first.items():
         if any(other.get(step, value) != value for other in others) and all(step in other for other in others):
             return step

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
 
 from api.bodies import BoundedRoute
 from api.hub import Hub, read_history
@@ -18,8 +20,8 @@ from api.monitoring import Monitor
 from api.planning import Planned
 from api.problems import ProblemDetails, Refusal
 from api.repeat import EXAMPLES, Submission, plan_of
-from api.series import EVENT_TYPES, Key, Metrics, ResultKey, Run
-from api.stream import LOG_TAIL_BYTES, event_stream, log_stream
+from api.series import EVENT_TYPES, Key, Metrics, ResultKey, RunCache, csv_header, csv_rows
+from api.stream import LOG_TAIL_BYTES, event_stream, log_stream, logs_of
 from gptcore.dataset import BUILTIN, list_datasets
 from gptcore.events import Event
 from gptcore.presets import PRESETS
@@ -27,9 +29,13 @@ from gptcore.rundir import RunDir
 from worker.deletion import delete_job
 from worker.job import Job, JobPage, Node, Status, StatusChange
 from worker.keyring import AUDIT, AuditEntry, AuditKind, KeyRing
+from worker.record import place
 from worker.settings import Settings
 from worker.store import Store
 
+SLOW_READS = 2  # at a time: they parse, so more of them would only take the interpreter from everyone else
+DEFAULT_POINTS, MOST_POINTS = 2000, 100_000  # of a curve in JSON; a table has all
+Answer = TypeVar("Answer")
 STATIC = Path(__file__).parent / "static"
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
@@ -46,7 +52,12 @@ class Services:
     keys: KeyRing
     hub: Hub
     monitor: Monitor
-    run: Callable[[str], Run]
+    run: RunCache
+    slow_reads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(SLOW_READS))
+
+    async def read(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
+        """Run what reads run directories in one of few threads of its own: all other requests keep theirs."""
+        return await to_thread.run_sync(function, *arguments, limiter=self.slow_reads)
 
 
 def _services(request: Request) -> Services:
@@ -66,7 +77,7 @@ With = Annotated[Services, Depends(_services)]
 Who = Annotated[str, Depends(_who)]
 Owner = Annotated[str, Depends(_owner)]
 Sent = Annotated[Submission, Body(openapi_examples=EXAMPLES)]
-_ID = r"^\d{1,9}-\d{1,15}(\.\d{1,9})?$"
+_ID = r"^[0-9]{1,9}-[0-9]{1,15}(\.[0-9]{1,9})?$"
 
 
 def _after(
@@ -204,7 +215,7 @@ _STREAM_OR_TABLE: dict[int | str, dict[str, Any]] = {200: {"content": _STREAM[20
 
 
 @router.get("/jobs/{job_id}/metrics", response_model=Metrics, responses=_STREAM_OR_TABLE, tags=["runs"])
-def metrics(
+async def metrics(
     job_id: str,
     request: Request,
     services: With,
@@ -214,38 +225,74 @@ def metrics(
     ] = None,
     from_step: Annotated[int | None, Query(ge=0)] = None,
     to_step: Annotated[int | None, Query(ge=0)] = None,
-    max_points: Annotated[int | None, Query(ge=10, description="a curve; extremes and the last point stay")] = None,
-) -> Metrics | Response:
-    """A run's curves, attempts joined: each step once; with `Accept: text/csv` as a table.
+    max_points: Annotated[
+        int | None, Query(ge=10, le=MOST_POINTS, description=f"per curve; by default {DEFAULT_POINTS}, as CSV all")
+    ] = None,
+) -> Response:
+    """Return a run's curves, attempts merged: each step once. A longer curve is thinned to `max_points`; the extremes
+    and the last point stay, and `from_step` and `to_step` show a part of it in full. `Accept: text/csv` gives a table.
 
     With `Accept: text/event-stream` its `step` and `evaluated` events as they come, to be resumed by `Last-Event-ID`.
     """
-    services.store.get_job(job_id)
     if _accepts(request, "text/event-stream"):
+        await run_in_threadpool(services.store.get_job, job_id)
         return event_stream(services.hub, job_id, after or "0-0", EVENT_TYPES)
-    window = {"from_step": from_step, "to_step": to_step, "max_points": max_points}
-    found = services.run(job_id).metrics(keys, **window)
-    return PlainTextResponse(found.to_csv(), media_type="text/csv") if _accepts(request, "text/csv") else found
+
+    def read() -> Response | Iterator[str]:
+        services.store.get_job(job_id)
+        run, as_table = services.run(job_id), _accepts(request, "text/csv")
+        if as_table and max_points is None:
+            return run.table(keys, from_step, to_step)
+        found = run.metrics(keys, from_step=from_step, to_step=to_step, max_points=max_points or DEFAULT_POINTS)
+        if as_table:
+            return PlainTextResponse(csv_header(found.series) + csv_rows(found.series), media_type="text/csv")
+        return Response(found.model_dump_json(), media_type="application/json")
+
+    answer = await services.read(read)
+    return answer if isinstance(answer, Response) else _streamed_table(services, answer)
+
+
+def _streamed_table(services: Services, pieces: Iterator[str]) -> Response:
+    async def stream() -> AsyncIterator[str]:
+        while (piece := await services.read(next, pieces, None)) is not None:
+            yield piece
+
+    return StreamingResponse(stream(), media_type="text/csv")
 
 
 @router.get("/jobs/{job_id}/events", response_model=EventPage, responses=_STREAM, tags=["runs"])
-def events(job_id: str, request: Request, services: With, after: After, limit: Limit = 100) -> Response:
+async def events(
+    job_id: str,
+    request: Request,
+    services: With,
+    after: After,
+    limit: Limit = 100,
+    last: Annotated[int | None, Query(ge=1, le=1000, description="without `after`: begin with this many")] = None,
+) -> Response:
     """What the trainer reported, and between it the job's changes of status; a stream with `Accept: text/event-stream`.
 
     An event's id is {attempt}-{seq}, a change's {attempt}-{seq}.{number}: it stands behind the event newest then.
     """
-    services.store.get_job(job_id)
+    await run_in_threadpool(services.store.get_job, job_id)
+    if after is None and last is not None:
+        attempt, seq, *_ = place(await run_in_threadpool(services.store.last_event, job_id))
+        after = f"{attempt}-{max(0, seq - last)}"
     if _accepts(request, "text/event-stream"):
         return event_stream(services.hub, job_id, after or "0-0")
-    found = read_history(services.store, services.settings.runs, job_id, after or "0-0", limit + 1)
-    page, has_more = found[:limit], len(found) > limit
-    # passed on as the trainer wrote them: a newer one may report what this server does not know
-    data = [json.loads(line) for _, line in page]
-    return JSONResponse({"data": data, "has_more": has_more, "next": page[-1][0] if has_more else None})
+
+    def read() -> Response:
+        found = read_history(services.store, services.settings.runs, job_id, after or "0-0", limit + 1)
+        page, has_more = found[:limit], len(found) > limit
+        # passed on as the trainer wrote them: a newer one may report what this server does not know
+        data = ",".join(line for _, line in page)
+        rest = json.dumps({"has_more": has_more, "next": page[-1][0] if has_more else None})
+        return Response(f'{{"data":[{data}],{rest[1:]}', media_type="application/json")
+
+    return await services.read(read)
 
 
 @router.get("/jobs/{job_id}/logs", response_class=PlainTextResponse, responses=_STREAM, tags=["runs"])
-def logs(
+async def logs(
     job_id: str,
     request: Request,
     services: With,
@@ -254,18 +301,23 @@ def logs(
 ) -> Response:
     """What an attempt's trainer printed: the last MiB. With `Accept: text/event-stream` goes on from there with
     what it prints, and with the attempts that follow; ids are {attempt}-{byte}."""
-    services.store.get_job(job_id)
+    await run_in_threadpool(services.store.get_job, job_id)
     run = RunDir(services.settings.runs / job_id)
     if _accepts(request, "text/event-stream"):
         return log_stream(services.hub, run, job_id, attempt, after)
-    logs = {a.number: a.log for a in run.attempts() if a.log.exists()}
+    return PlainTextResponse(await services.read(_last_of_log, run, attempt))
+
+
+def _last_of_log(run: RunDir, attempt: int | None) -> str:
+    """Raises Refusal."""
+    logs = logs_of(run)
     wanted = attempt or max(logs, default=0)
     if wanted not in logs:
         have = f"it has logs of {', '.join(map(str, logs))}" if logs else "it has not started yet"
-        raise Refusal(404, "log_not_found", f"{job_id} has no log of attempt {attempt or 1}; {have}")
+        raise Refusal(404, "log_not_found", f"{run.path.name} has no log of attempt {attempt or 1}; {have}")
     with logs[wanted].open("rb") as file:
         file.seek(max(0, logs[wanted].stat().st_size - LOG_TAIL_BYTES))
-        return PlainTextResponse(file.read(LOG_TAIL_BYTES).decode("utf-8", "replace"))
+        return file.read(LOG_TAIL_BYTES).decode("utf-8", "replace")
 
 
 def _accepts(request: Request, media_type: str) -> bool:

@@ -1,25 +1,27 @@
 """A run's curves, read from its directory: columns of steps and values, attempts merged.
 
-What was read stays in memory, and a poll reads only what was appended since.
+What was read stays in memory while there is room, and a poll reads only what was appended since. A first look
+at a long run reads the columns that stand beside its events: gptcore/curves.py.
 """
 
 import csv
 import io
+import math
 import threading
 from array import array
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import ne
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field
-from pydantic_core import from_json
 
-from gptcore.events import Sampled, read_lines
-from gptcore.rundir import RunDir
+from gptcore.curves import AttemptCurves, Block, Column, StoredBlock, ascends
+from gptcore.events import Sampled
+from gptcore.rundir import Attempt, RunDir
 
 Key = Literal[
     "train_loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_second", "step_seconds",
@@ -29,7 +31,10 @@ Key = Literal[
 ResultKey = Annotated[str, Field(pattern=r"^(hellaswag_|lm_eval:|(val_loss|bits_per_byte):)")]
 KEYS: tuple[Key, ...] = get_args(Key)
 EVENT_TYPES = ("step", "evaluated", "scored")  # those that carry values
-RUNS_KEPT = 128  # well above the 50 of a page of the list, which asks for every one of them again and again
+RUNS_KEPT = 1024  # without curves a run takes a few kilobytes, most of them its sparkline
+CACHE_BYTES = 256 << 20  # of curves; read again from their files in hundredths of a second
+SPARKLINE_POINTS = 80
+ROWS = 2000  # of a table at a time
 
 
 class Points(BaseModel, ser_json_inf_nan="strings"):
@@ -44,16 +49,35 @@ class Metrics(BaseModel):
     last_event_id: str = Field(description="{attempt}-{seq} of the newest event read: a stream goes on after it")
     series: dict[str, Points]
 
-    def to_csv(self) -> str:
-        """A row a step, a column a key; empty where there is no value. NaN and infinities as in JSON."""
-        written = {key: from_json(points.model_dump_json()) for key, points in self.series.items()}
-        columns = {key: dict(zip(points["step"], points["value"], strict=True)) for key, points in written.items()}
-        file = io.StringIO()
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["step", *columns])
-        for step in sorted(set().union(*columns.values())):
-            rows.writerow([step, *(column.get(step, "") for column in columns.values())])
-        return file.getvalue()
+
+class Sparkline(BaseModel):
+    """A run's losses in few points."""
+
+    train_loss: Points
+    val_loss: Points
+
+
+def csv_header(keys: Iterable[str]) -> str:
+    return _csv([["step", *keys]])
+
+
+def csv_rows(series: Mapping[str, Points]) -> str:
+    """A row a step, a column a key; empty where there is no value. NaN and infinities as in JSON."""
+    columns = [dict(zip(points.step, points.value, strict=True)) for points in series.values()]
+    steps = sorted(set().union(*columns))
+    return _csv([step, *(_cell(column.get(step)) for column in columns)] for step in steps)
+
+
+def _csv(rows: Iterable[Iterable[object]]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()
+
+
+def _cell(value: float | None) -> object:
+    if value is None or math.isfinite(value):
+        return "" if value is None else value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 class Curve:
@@ -78,6 +102,37 @@ class Curve:
         else:
             self._steps.insert(at, step)
             self._values.insert(at, value)
+
+    def extend(self, steps: "array[int]", values: "array[float]") -> None:
+        """`put` for many: at once where they all follow what is there."""
+        if steps and (not self._steps or steps[0] > self._steps[-1]) and ascends(steps):
+            total = sum(values)
+            self._has_nan |= total != total and any(map(ne, values, values))
+            self._steps.extend(steps)
+            self._values.extend(values)
+        else:
+            for step, value in zip(steps, values, strict=True):
+                self.put(step, value)
+
+    def part(self, start: int, stop: int | None) -> Column:
+        """Steps and values, from step `start` up to and without `stop`."""
+        end = len(self._steps) if stop is None else bisect_left(self._steps, stop)
+        where = slice(bisect_left(self._steps, start), end)
+        return self._steps[where], self._values[where]
+
+    @property
+    def last_step(self) -> int:
+        """-1 where there is none."""
+        return self._steps[-1] if self._steps else -1
+
+    @property
+    def memory(self) -> int:
+        return 16 * len(self._steps)
+
+    def step_after(self, step: int, count: int) -> int | None:
+        """The last of the `count` steps from `step` on; None if there are fewer after it."""
+        at = bisect_left(self._steps, step) + count - 1
+        return self._steps[at] if at < len(self._steps) - 1 else None
 
     def points(self, from_step: int | None = None, to_step: int | None = None, max_points: int | None = None) -> Points:
         """The steps asked for, both ends included, thinned to `max_points` (10 or more)."""
@@ -121,62 +176,149 @@ class Curve:
 
 
 class Run:
-    """What is known of one run directory's curves."""
+    """What is known of one run directory's curves. A curve is built when it is asked for first."""
 
     def __init__(self, path: Path):
         self._run_dir = RunDir(path)
-        self._offsets: defaultdict[int, int] = defaultdict(int)  # attempt to bytes read of its events
-        self._curves: dict[str, Curve] = {key: Curve() for key in KEYS}
+        self._lock = threading.Lock()  # polls come from many threads
+        self._sparkline: tuple[object, Sparkline] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._attempts: dict[int, AttemptCurves] = {}
+        self._curves: dict[str, Curve] = {}
         self._samples: dict[int, Sampled] = {}
         self._started: dict[str, Any] = {}
         self._last_event_id = "0-0"
-        self._lock = threading.Lock()  # polls come from many threads
+        self.memory = 0  # bytes that the curves take
+
+    def unload(self) -> None:
+        """Give the memory back, unless someone is reading: the next read begins again."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._forget()
+            finally:
+                self._lock.release()
 
     def started(self) -> dict[str, Any]:
         """The newest attempt's first event; empty where there is none."""
-        with self._lock:
-            self._read_on()
+        with self._reading():
             return self._started
 
     def samples(self) -> list[Sampled]:
         """By step."""
-        with self._lock:
-            self._read_on()
+        with self._reading():
             return [self._samples[step] for step in sorted(self._samples)]
+
+    def part(self, key: str, start: int = 0, stop: int | None = None) -> Column:
+        """A copy of a curve, from step `start` up to and without `stop`."""
+        with self._reading():
+            return self._curve(key).part(start, stop)
+
+    def last_step(self, key: str) -> int:
+        """-1 where there is none."""
+        with self._reading():
+            return self._curve(key).last_step
 
     def metrics(self, keys: Iterable[str] | None = None, **window: int | None) -> Metrics:
         """Read what is new, then answer: all curves, or those asked for. `window`: from_step, to_step, max_points."""
-        with self._lock:
-            self._read_on()
-            series = {key: self._curves.get(key, Curve()).points(**window) for key in keys or self._curves}
+        with self._reading():
+            series = {key: self._curve(key).points(**window) for key in keys or self._all_keys()}
             return Metrics(job_id=self._run_dir.path.name, last_event_id=self._last_event_id, series=series)
 
-    def _read_on(self) -> None:
+    def sparkline(self) -> Sparkline:
+        """Both losses in few points. While no event comes, it is kept, though the curves may not be."""
+        with self._lock:
+            state = [(attempt.number, attempt.events.stat().st_size) for attempt in self._reported()]
+            if self._sparkline is None or self._sparkline[0] != state:
+                self._read_on()
+                losses = (self._curve(key).points(max_points=SPARKLINE_POINTS) for key in ("train_loss", "val_loss"))
+                self._sparkline = state, Sparkline(train_loss=next(losses), val_loss=next(losses))
+            return self._sparkline[1]
+
+    def table(self, keys: Sequence[str] | None, from_step: int | None, to_step: int | None) -> Iterator[str]:
+        """Every point as CSV, in pieces: each is read when it is asked for, so the whole is never in memory."""
+        with self._reading():
+            columns = list(keys or self._all_keys())
+        yield csv_header(columns)
+        start: int | None = from_step or 0
+        while start is not None:
+            points, start = self._rows_from(columns, start, to_step)
+            yield csv_rows(points)
+
+    def _rows_from(self, keys: Sequence[str], start: int, to_step: int | None) -> tuple[dict[str, Points], int | None]:
+        """The points of the steps from `start` on, ROWS of them at most, and the step after them; None at the end."""
+        with self._reading():
+            curves = {key: self._curve(key) for key in keys}
+            ends = [end for curve in curves.values() if (end := curve.step_after(start, ROWS)) is not None]
+            stop = min([*ends, *([to_step] if to_step is not None else [])], default=None)
+            points = {key: curve.points(start, stop) for key, curve in curves.items()}
+        return points, None if stop is None or stop == to_step else stop + 1
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with self._lock:
+            self._read_on()
+            yield
+            columns = sum(attempt.memory for attempt in self._attempts.values())
+            self.memory = columns + sum(curve.memory for curve in self._curves.values())
+
+    def _reported(self) -> list[Attempt]:
         # an attempt writes only once no earlier one lives: where its file is seen, theirs are complete
-        for attempt in [attempt for attempt in self._run_dir.attempts() if attempt.events.exists()]:
-            for offset, line in read_lines(attempt.events, self._offsets[attempt.number]):
-                self._offsets[attempt.number] = offset
-                with suppress(ValueError, KeyError, TypeError):  # a damaged line, which is not shipped either
-                    # twice as fast as json's; no value repeats so often that caching it pays
-                    self._take(from_json(line, cache_strings="keys"))
+        return [attempt for attempt in self._run_dir.attempts() if attempt.events.exists()]
 
-    def _take(self, event: dict[str, Any]) -> None:
-        self._last_event_id = f"{event['attempt']}-{event['seq']}"
-        if event["type"] == "started":
-            self._started = event
-        if event["type"] == "sampled":
-            self._samples[event["step"]] = Sampled.model_validate(event)
-        if event["type"] not in EVENT_TYPES:
-            return
-        step, results = event["step"], event.get("results", {})
-        for key in results:
-            self._curves.setdefault(key, Curve())
-        values = results if event["type"] == "scored" else event
-        for key, curve in self._curves.items():
-            if (value := values.get(key)) is not None:
-                curve.put(step, float(value))  # also "NaN" and "Infinity"
+    def _read_on(self) -> None:
+        for attempt in self._reported():
+            for block in self._attempts.setdefault(attempt.number, AttemptCurves(attempt)).read_on():
+                self._take(block)
+
+    def _take(self, block: Block | StoredBlock) -> None:
+        summary = block.summary
+        self._last_event_id = summary.last or self._last_event_id
+        self._started = summary.started or self._started
+        self._samples |= {sample["step"]: Sampled.model_validate(sample) for sample in summary.samples}
+        for key in block.keys:
+            if key in self._curves and isinstance(block, Block):
+                self._curves[key].extend(*block.column(key))
+            else:  # built from all blocks when it is asked for next
+                self._curves.pop(key, None)
+
+    def _curve(self, key: str) -> Curve:
+        if key not in self._curves:
+            curve = Curve()
+            for attempt in self._attempts.values():
+                for steps, values in attempt.column(key):
+                    curve.extend(steps, values)
+            if not curve.memory:
+                return curve
+            self._curves[key] = curve
+        return self._curves[key]
+
+    def _all_keys(self) -> list[str]:
+        found = {key for attempt in self._attempts.values() for key in attempt.keys}
+        return [*KEYS, *sorted(found.difference(KEYS))]
 
 
-def run_cache(root: Path) -> Callable[[str], Run]:
-    """From a job's id to its run; those asked for last are kept. The id must be a job's: it becomes a path."""
-    return lru_cache(RUNS_KEPT)(lambda job_id: Run(root / job_id))
+class RunCache:
+    """Runs by job id. Those asked for last are kept, as long as their curves fit into `budget` bytes."""
+
+    def __init__(self, root: Path, budget: int = CACHE_BYTES):
+        self._root = root
+        self._budget = budget
+        self._runs: OrderedDict[str, Run] = OrderedDict()  # the one asked for last at the end
+        self._lock = threading.Lock()
+
+    def __call__(self, job_id: str) -> Run:
+        """The id must be a job's: it becomes a path."""
+        with self._lock:
+            run = self._runs.pop(job_id, None) or Run(self._root / job_id)
+            self._runs[job_id] = run
+            if len(self._runs) > RUNS_KEPT:
+                self._runs.popitem(last=False)
+            too_much = sum(run.memory for run in self._runs.values()) - self._budget
+            for other in self._runs.values():
+                if too_much <= 0 or other is run:
+                    break
+                too_much -= other.memory
+                other.unload()
+            return run

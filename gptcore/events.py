@@ -285,5 +285,16 @@ def _count_lines(path: Path) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK_BYTES), b""))
 
 
+def read_block(path: Path, offset: int, size: int) -> list[bytes]:
+    """Complete lines from byte `offset` on, without their newlines: those that begin in the next `size` bytes."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        block = file.read(size)
+        if not block.endswith(b"\n"):
+            block += file.readline()
+    complete = block[: block.rfind(b"\n") + 1]
+    return complete.split(b"\n")[:-1]
+
+
 def parse_event(line: str) -> Any:
     return EVENT.validate_json(line)

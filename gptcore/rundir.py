@@ -1,6 +1,5 @@
 """Names inside TRAINMASTER_HOME and inside a run directory: the interface of worker and trainer."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -8,8 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
+
+from pydantic_core import from_json
 
 from gptcore.events import Failed, Step, parse_event, read_lines, read_lines_backwards
+
+SCANNED_BYTES = 1 << 16  # of events, read to find a line
 
 
 def home() -> Path:
@@ -49,6 +53,11 @@ class Attempt:
     @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        """The values of its events as columns: derived from them, and never the truth."""
+        return self.path / "curves.v1"
 
     @property
     def log(self) -> Path:
@@ -115,7 +124,7 @@ class RunDir:
         """Folder, step and attempt, by attempt, then step. Those of other sizes than noted are passed over."""
         found = []
         for path in self.checkpoints.glob("step-*") if self.checkpoints.is_dir() else []:
-            match = re.fullmatch(r"step-(\d{8,})-a(\d{4,})", path.name)
+            match = re.fullmatch(r"step-([0-9]{8,15})-a([0-9]{4,9})", path.name)
             if match and _has_noted_sizes(path):
                 found.append((path, int(match[1]), int(match[2])))
         return sorted(found, key=lambda one: (one[2], one[1]))
@@ -136,7 +145,7 @@ class RunDir:
         """All attempts made, oldest first."""
         folder = self.path / "attempts"
         names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        return [self.attempt(number) for number in sorted(int(n) for n in names if n.isdecimal())]
+        return [self.attempt(number) for number in sorted(int(n) for n in names if re.fullmatch("[0-9]{1,9}", n))]
 
     def claim_attempt(self) -> Attempt:
         """A new attempt's folder. mkdir decides between two that claim at once."""
@@ -176,17 +185,49 @@ class RunDir:
         for one in self.attempts():
             if one.number >= attempt and one.events.exists():
                 passed = seq if one.number == attempt else 0
-                with one.events.open("rb") as file:
-                    offset = sum(map(len, islice(file, passed)))
-                for number, (_, line) in enumerate(read_lines(one.events, offset), passed + 1):
+                for number, (_, line) in enumerate(read_lines(one.events, _offset_of(one.events, passed)), passed + 1):
                     yield f"{one.number}-{number}", line
+
+
+def _offset_of(events: Path, line: int) -> int:
+    """The byte after a line of an attempt's events, of which 0 is before all; the end if there are fewer.
+
+    Found by bisection, since each line holds its number: a page far into a long run reads no more than the first.
+    """
+    with events.open("rb") as file:
+        low, known = 0, 0  # byte of a line's end, and that line's number
+        high = os.fstat(file.fileno()).st_size
+        while high - low > SCANNED_BYTES and known < line:
+            file.seek((low + high) // 2)
+            file.readline()
+            found = _next_number(file)
+            if found is None or found[0] > line or found[1] > high:
+                high = (low + high) // 2
+            else:
+                known, low = found
+        file.seek(low)
+        return low + sum(map(len, islice(file, line - known)))
+
+
+def _next_number(file: BinaryIO) -> tuple[int, int] | None:
+    """Number and end of the next line that is not damaged; None if there is none close by."""
+    until = file.tell() + SCANNED_BYTES
+    while file.tell() < until and (text := file.readline()):
+        with suppress(ValueError):
+            event = from_json(text)
+            if isinstance(event, dict) and isinstance(event.get("seq"), int):
+                return event["seq"], file.tell()
+    return None
 
 
 def _has_noted_sizes(checkpoint: Path) -> bool:
     try:
-        sizes = json.loads((checkpoint / "state.json").read_text("utf-8"))["sizes"]
+        state = from_json((checkpoint / "state.json").read_bytes())
+        sizes = state.get("sizes") if isinstance(state, dict) else None
+        if not isinstance(sizes, dict):
+            return False
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return False
 
 

@@ -117,7 +117,10 @@ class Client:
         return cast(list[Json], self._call("GET", "/workers"))
 
     def metrics(self, job_id: str, **query: Any) -> Json:
-        """A run's curves → {"job_id", "last_event_id", "series": {key: {"step": [], "value": []}}}."""
+        """Return a run's curves: {"job_id", "last_event_id", "series": {key: {"step": [], "value": []}}}.
+
+        A curve has at most `max_points` points, by default 2,000; `from_step` and `to_step` choose a part of it.
+        """
         return self._call("GET", f"{_job(job_id)}/metrics", params=query)
 
     def compare(self, *job_ids: str, **query: Any) -> Json:

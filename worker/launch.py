@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from shutil import disk_usage
 
+from gptcore.curves import extend
 from gptcore.events import Failed, Finished, JsonlReport, Notice, last_event
 from gptcore.locks import open_lock, shared, take
 from gptcore.rundir import RunDir, write_atomically
@@ -84,6 +85,7 @@ class Launcher:
         self._word = ""  # how the attempt is to end, once it is: what the stop file says
         self._broken = ""  # what broke on another of its nodes
         self._hung = ""  # why its trainer is taken for one that hangs
+        self._columns_end = 0  # the byte of its events up to which their columns are stored
         self._returncode = 0  # the trainer's: says something only where the trainer could not
 
     def run(self) -> None:
@@ -197,6 +199,7 @@ class Launcher:
             while tree.alive():
                 self._send()
                 self._tend(tree)
+                self._columns_end = extend(self._attempt, self._columns_end)
                 time.sleep(TICK_SECONDS)
             self._returncode = tree.returncode or 0
             self._ship_all()

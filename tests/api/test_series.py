@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.series import Curve, run_cache
+from api.series import Curve, RunCache
 from tests.api.server import FakeRun, evaluated, step
 from worker.job import BestCheckpoint
 
@@ -62,7 +62,7 @@ def test_a_poll_reads_only_what_was_appended(http: httpx2.Client, run: FakeRun) 
 
 
 def test_the_runs_of_two_pages_of_the_list_are_read_once(tmp_path: Path) -> None:
-    run_of = run_cache(tmp_path)
+    run_of = RunCache(tmp_path)
     first, again = ([run_of(f"job-{number}") for number in range(100)] for _ in range(2))
     assert all(one is other for one, other in zip(first, again, strict=True))
 
@@ -110,6 +110,16 @@ def test_keys_and_steps_can_be_chosen(http: httpx2.Client, run: FakeRun) -> None
     series = curves(http, run, keys=["train_loss", "lr"], from_step=3, to_step=5)
     assert series.keys() == {"train_loss", "lr"}
     assert series["train_loss"]["step"] == series["lr"]["step"] == [3, 4, 5]
+
+
+def test_a_curve_is_bounded_unless_it_is_a_table(http: httpx2.Client, run: FakeRun) -> None:
+    run.write(*(step(number, 1 / number) for number in range(1, 2301)), ship=False)
+    series = curves(http, run, keys="train_loss")["train_loss"]
+    assert 500 < len(series["step"]) <= 2000 and series["step"][-1] == 2300
+    assert len(curves(http, run, keys="train_loss", max_points=2300)["train_loss"]["step"]) == 2300
+    answer = http.get(f"/jobs/{run.id}/metrics", params={"keys": "train_loss"}, headers={"Accept": "text/csv"})
+    assert answer.text.count("\n") == 2301
+    assert http.get(f"/jobs/{run.id}/metrics", params={"max_points": 100_001}).status_code == 422
 
 
 def test_a_job_that_has_not_begun_has_empty_curves(http: httpx2.Client, run: FakeRun) -> None:
