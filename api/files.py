@@ -1,17 +1,21 @@
 """What a run left in its directory: checkpoints, samples, and every file by its path."""
 
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 from starlette.types import Message, Receive, Scope, Send
 
 from api.planning import is_inside
 from api.problems import Refusal
-from api.routes import PROBLEMS, With
+from api.routes import PROBLEMS, Services, With
 from gptcore.events import Sampled
 from gptcore.rundir import RunDir
 
@@ -45,46 +49,95 @@ class Artifact(BaseModel):
     bytes: int
 
 
+class ArtifactPage(BaseModel):
+    """By path. `next` is the `after` of the page that follows, null on the last one."""
+
+    data: list[Artifact]
+    has_more: bool
+    next: str | None
+
+
 @router.get("/jobs/{job_id}/checkpoints")
-def checkpoints(job_id: str, services: With) -> list[CheckpointSummary]:
+async def checkpoints(job_id: str, services: With) -> list[CheckpointSummary]:
     """Those kept, oldest first."""
+    return await services.read(_checkpoints, services, job_id)
+
+
+def _checkpoints(services: Services, job_id: str) -> list[CheckpointSummary]:
     best = services.store.get_job(job_id).best_checkpoint
-    points = services.run(job_id).metrics(["val_loss"]).series["val_loss"]
-    val_losses = dict(zip(points.step, points.value, strict=True))
+    val_losses = dict(zip(*services.run(job_id).part("val_loss"), strict=True))
     return [
         CheckpointSummary(
             step=step, attempt=attempt, path=f"checkpoints/{path.name}",
-            bytes=sum(sizes.values()),
+            bytes=sum(sizes),
             val_loss=val_losses.get(step), best=best is not None and step == best.step,
         )
         for path, step, attempt in RunDir(services.settings.runs / job_id).complete_checkpoints()
-        if (sizes := _sizes(path))
+        if (sizes := [size for _, size in _files(path, path)])
     ]  # fmt: skip
 
 
 @router.get("/jobs/{job_id}/samples")
-def samples(job_id: str, services: With) -> list[Sampled]:
+async def samples(job_id: str, services: With) -> list[Sampled]:
     """Texts that the model wrote while it learned, oldest first; of a step made twice the newest."""
-    services.store.get_job(job_id)
-    return services.run(job_id).samples()
+
+    def read() -> list[Sampled]:
+        services.store.get_job(job_id)
+        return services.run(job_id).samples()
+
+    return await services.read(read)
 
 
 @router.get("/jobs/{job_id}/artifacts")
-def artifacts(job_id: str, services: With) -> list[Artifact]:
-    """Every file of the run directory, by path."""
-    services.store.get_job(job_id)
-    root = services.settings.runs / job_id
-    return [Artifact(path=str(path.relative_to(root)), bytes=size) for path, size in sorted(_sizes(root).items())]
+async def artifacts(
+    job_id: str,
+    services: With,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+    after: Annotated[str, Query(description="a page's `next`: only what comes after this path")] = "",
+) -> ArtifactPage:
+    """The files of the run directory, by path. A name that is not UTF-8 is shown with its bytes as \\xff and has no
+    download."""
+
+    def read() -> ArtifactPage:
+        services.store.get_job(job_id)
+        root = services.settings.runs / job_id
+        found = list(islice(_files(root, root, after.split("/")), limit + 1))
+        page = [Artifact(path=path, bytes=size) for path, size in found[:limit]]
+        has_more = len(found) > limit
+        return ArtifactPage(data=page, has_more=has_more, next=page[-1].path if has_more else None)
+
+    return await services.read(read)
 
 
-def _sizes(root: Path) -> dict[Path, int]:
-    """Every file beneath, with its bytes; one that goes meanwhile, as old checkpoints do, is passed over."""
-    found = {}
-    for file in (Path(folder) / name for folder, _, names in os.walk(root) for name in names):
-        with suppress(FileNotFoundError):
-            if is_inside(file, root) and file.is_file():
-                found[file] = file.stat().st_size
-    return found
+def _files(folder: Path, root: Path, after: Sequence[str] = ("",)) -> Iterator[tuple[str, int]]:
+    """Path in `folder` and bytes of the files beneath, by path, after the path with the parts `after`.
+
+    Files that vanish meanwhile, as old checkpoints do, are passed over, and so are links that lead out of `root`.
+    Only the folders on the way to the files taken are read.
+    """
+    first, *rest = after
+    try:
+        with os.scandir(folder) as listing:
+            entries = sorted(
+                ((name, entry) for entry in listing if (name := _shown(entry.name)) >= first), key=itemgetter(0)
+            )
+    except OSError:
+        return
+    for name, entry in entries:
+        with suppress(OSError):
+            if entry.is_dir(follow_symlinks=False):
+                inside = _files(Path(entry.path), root, rest if rest and name == first else ("",))
+                yield from ((f"{name}/{path}", size) for path, size in inside)
+                continue
+            is_passed = name == first and not rest
+            leads_out = entry.is_symlink() and not is_inside(Path(entry.path), root)
+            if not is_passed and not leads_out and entry.is_file():
+                yield name, entry.stat().st_size
+
+
+def _shown(name: str) -> str:
+    """A name for JSON, which has no bytes: one that is not UTF-8 has them as \\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 @router.get(

@@ -6,7 +6,6 @@ kept: who is too slow for it reads from Redis again, and holds up nobody. All of
 
 import asyncio
 import contextlib
-import json
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 
 from fastapi.sse import format_sse_event
+from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
 
 from gptcore.rundir import RunDir
@@ -43,11 +43,12 @@ def read_history(store: Store, runs: Path, job_id: str, after: str = "0-0", coun
 
 
 def _is_event(line: str) -> bool:
-    """Also one of a later version; what a broken disk left is none."""
+    """Whether a line is an event, perhaps of a later version. A broken disk may leave anything in a file."""
     try:
-        return "type" in json.loads(line)
-    except (ValueError, TypeError):
+        event = from_json(line)
+    except ValueError:
         return False
+    return isinstance(event, dict) and isinstance(event.get("type"), str) and event["type"].isprintable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,15 @@ class Hub:
 
 
 def _message(event_id: str, line: str) -> Message:
-    event = json.loads(line)  # of a newer trainer, perhaps: only its type is sure
-    made_at = datetime.fromisoformat(event["time"]) if "time" in event else None
+    event = from_json(line)  # of a newer trainer, perhaps: only its type is sure
     sent = format_sse_event(id=event_id, event=event["type"], data_str=line)
-    return Message(event_id, event["type"], made_at, sent)
+    return Message(event_id, event["type"], _moment(event.get("time")), sent)
+
+
+def _moment(text: object) -> datetime | None:
+    """None for what is no time with a zone."""
+    try:
+        moment = datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else None

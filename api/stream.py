@@ -5,11 +5,13 @@ import json
 import time
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
+from pathlib import Path
 
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
 from api.hub import Hub
+from api.planning import is_inside
 from gptcore.rundir import RunDir
 from worker.connection import AWAY
 from worker.record import place
@@ -86,13 +88,18 @@ def _status(store: Store, job_id: str) -> tuple[str, bool]:
     return job.status, job.ended
 
 
+def logs_of(run: RunDir) -> dict[int, Path]:
+    """Logs by attempt. A link that leads out of the run directory is none."""
+    return {a.number: a.log for a in run.attempts() if a.log.exists() and is_inside(a.log, run.path)}
+
+
 def _read_log(run: RunDir, attempt: int, offset: int, ended: bool) -> tuple[int, int, str | None]:
     """Whole lines behind a place in an attempt's log, then of the attempts after it → the place behind them, text.
 
     `attempt` 0 is the newest, `offset` -1 its last MiB. A line is whole, too, where no more of it will come.
     """
     attempts = run.attempts()
-    logs = {a.number: a.log for a in attempts if a.log.exists()}
+    logs = logs_of(run)
     attempt = attempt or max(logs, default=0)
     if attempt not in logs:
         return attempt, offset, None

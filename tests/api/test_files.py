@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -29,11 +30,12 @@ from worker.settings import Settings
 from worker.store import NotPossible, Store
 
 
-def save_checkpoint(run_dir: Path, step: int, attempt: int = 1, *, torn: bool = False) -> None:
+def save_checkpoint(run_dir: Path, step: int, attempt: int = 1, *, torn: bool = False) -> Path:
     folder = run_dir / "checkpoints" / f"step-{step:08d}-a{attempt:04d}"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"w" * 100)
     (folder / "state.json").write_text(json.dumps({"sizes": {"model.safetensors": 101 if torn else 100}}))
+    return folder
 
 
 def test_checkpoints_are_listed_with_their_losses(http: httpx2.Client, run: FakeRun, settings: Settings) -> None:
@@ -95,7 +97,7 @@ def test_a_file_of_a_run_is_offered_for_download_never_shown(
     file = settings.runs / run.id / "export" / "page.html"
     file.parent.mkdir()
     file.write_text("<script>alert(1)</script>")
-    listed = {one["path"]: one["bytes"] for one in http.get(f"/jobs/{run.id}/artifacts").json()}
+    listed = {one["path"]: one["bytes"] for one in http.get(f"/jobs/{run.id}/artifacts").json()["data"]}
     assert listed["export/page.html"] == 25
     answer = http.get(f"/jobs/{run.id}/artifacts/export/page.html")
     assert answer.text == file.read_text()
@@ -107,6 +109,41 @@ def test_a_file_of_a_run_is_offered_for_download_never_shown(
         refused = http.get(f"/jobs/{run.id}/artifacts/export/page.html", headers={"Range": bad})
         assert (refused.status_code, refused.json()["code"]) == (416, "bad_range"), bad
         assert refused.headers["content-range"] == "bytes */25"
+
+
+def test_a_run_of_very_many_files_is_listed_page_by_page(http: httpx2.Client, run: FakeRun, settings: Settings) -> None:
+    root = settings.runs / run.id
+    for name in ("b/2", "b/1/x", "b-", "a", "c/1", "b/10", os.fsdecode(b"b/odd-\xff")):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name[:1])
+    listed, after = [], ""
+    while after is not None:
+        page = http.get(f"/jobs/{run.id}/artifacts", params={"limit": 2, "after": after}).json()
+        listed += [one["path"] for one in page["data"]]
+        assert page["has_more"] == (page["next"] is not None) and len(page["data"]) <= 2
+        after = page["next"]
+    expected = ["a", "attempts/0001/events.jsonl", "b/1/x", "b/10", "b/2", "b/odd-\\xff", "b-", "c/1"]
+    assert listed == expected
+
+
+@pytest.mark.parametrize("state", ["[]", "1", '{"sizes": []}', '{"sizes": {"\\u0000": 1}}', "[" * 9999, "\udcff"])
+def test_a_damaged_checkpoint_is_passed_over(http: httpx2.Client, run: FakeRun, settings: Settings, state: str) -> None:
+    save_checkpoint(settings.runs / run.id, 4)
+    checkpoint = save_checkpoint(settings.runs / run.id, 8)
+    (checkpoint / "state.json").write_text(state, errors="surrogateescape")
+    assert [one["step"] for one in http.get(f"/jobs/{run.id}/checkpoints").json()] == [4]
+
+
+def test_a_log_that_is_a_link_out_of_the_run_is_not_shown(
+    http: httpx2.Client, run: FakeRun, settings: Settings
+) -> None:
+    (settings.home / "secret").write_text("secret\n")
+    run.log_file.symlink_to(settings.home / "secret")
+    assert http.get(f"/jobs/{run.id}/logs").status_code == 404
+    run.end()
+    stream = http.get(f"/jobs/{run.id}/logs", headers={"Accept": "text/event-stream"}).text
+    assert "secret" not in stream and "event: end" in stream
 
 
 CLIMBING = [
@@ -130,7 +167,7 @@ def test_no_path_leads_out_of_a_run(http: httpx2.Client, run: FakeRun, settings:
         text = answer.read().decode()
     assert answer.status in (307, 404), path
     assert "root:" not in text and text != "secret"
-    assert not {"link", "circle"} & {one["path"] for one in http.get(f"/jobs/{run.id}/artifacts").json()}
+    assert not {"link", "circle"} & {one["path"] for one in http.get(f"/jobs/{run.id}/artifacts").json()["data"]}
     inside = root / "export" / "real"
     inside.write_text("mine")
     (root / "alias").symlink_to(inside)

@@ -165,6 +165,26 @@ def test_a_damaged_line_of_a_forgotten_run_is_passed_over(
         assert [message.id for message in messages if message.event != "end"] == ["1-1", "1-3"]
 
 
+@pytest.mark.parametrize("time", ["yesterday", "2026-01-01T00:00:00", 5, None, "2026-01-01T00:00:00Z"])
+def test_a_damaged_time_is_no_reason_to_end_a_stream(time: object) -> None:
+    line = json.dumps({"type": "new", "attempt": 1, "seq": 1, "time": time})
+    made_at = hub._message("1-1", line).made_at
+    assert made_at is None or made_at.tzinfo is not None
+    assert (made_at is not None) == str(time).endswith("Z")
+
+
+def test_a_stream_may_begin_with_the_last_events(http: httpx2.Client, run: FakeRun) -> None:
+    run.write(*(step(number) for number in range(1, 10)))
+    page = http.get(f"/jobs/{run.id}/events", params={"last": 3}).json()
+    assert [event["seq"] for event in page["data"] if event["type"] == "step"] == [7, 8, 9]
+    run.end()
+    with stream(http, f"/jobs/{run.id}/events?last=2") as messages:
+        assert [next(messages).id for _ in range(3)] == ["1-8", "1-9", "1-9.4"]
+    with stream(http, f"/jobs/{run.id}/events?last=2", **{"Last-Event-ID": "1-5"}) as messages:
+        assert next(messages).id == "1-6"  # who comes back misses nothing
+    assert http.get(f"/jobs/{run.id}/events", params={"after": "\u0661-\u0661"}).status_code == 422
+
+
 def test_pages_of_events_join_without_gap(http: httpx2.Client, run: FakeRun) -> None:
     run.write(*(step(i) for i in range(1, 8)))
     seen, query = [], {"limit": "3"}
