@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
 from api import compare, files, problems
+from api.connections import BACKLOG, PatientProtocol
 from api.guard import MAX_BODY_BYTES, Guard, needed_scope
 from api.hub import Hub
 from api.monitoring import Monitor, Observed
@@ -102,7 +103,13 @@ class Server(uvicorn.Server):
         self._app = create_app(settings, open_without_keys=open_without_keys)
         super().__init__(
             uvicorn.Config(
-                self._app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
+                self._app,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+                http=PatientProtocol,
+                backlog=BACKLOG,
             )
         )
 

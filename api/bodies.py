@@ -10,6 +10,7 @@ from itertools import islice
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 
 from api.problems import Refusal
 from gptcore.spec import Problem
@@ -34,7 +35,11 @@ class BoundedRoute(APIRoute):
             return handle
 
         async def bounded(request: Request) -> Response:
-            if has_too_many_values(await request.body()):
+            try:
+                body = await request.body()
+            except ClientDisconnect:  # nobody reads this
+                raise Refusal(400, "invalid_json", "the connection was closed before the whole body came") from None
+            if has_too_many_values(body):
                 detail = f"the body has more than {MOST_VALUES:,} values; a job spec has at most a few hundred"
                 raise Refusal(422, "invalid_spec", detail, [Problem(pointer="", message=detail)])
             return await handle(request)

@@ -43,9 +43,11 @@ def serve(listener: socket.socket) -> None:
     """Serve until SIGTERM."""
     # imported here: a parent that only binds the socket needs none of it
     from api.app import Server
+    from api.connections import raise_file_limit
     from api.monitoring import log_json_lines
 
     log_json_lines()
+    raise_file_limit()
     Server(Settings.from_environment(), open_without_keys=_is_local(listener)).run(sockets=[listener])
 
 

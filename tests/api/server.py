@@ -42,6 +42,11 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
+    @property
+    def connections(self) -> int:
+        """How many there are now."""
+        return len(self._uvicorn.server_state.connections)
+
     def start(self) -> None:
         listener = socket.create_server(("127.0.0.1", self._port))
         self._port = listener.getsockname()[1]
