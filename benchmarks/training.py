@@ -17,7 +17,7 @@ from typing import Any
 NO_GPU = 3  # the exit code
 FAMILIES = ("gpt2", "llama", "qwen3", "nanochat")
 PEERS = ("transformers", "litgpt")
-TINY = {"n_layer": 2, "n_embd": 64, "n_head": 4, "block_size": 32, "vocab_size": 500}
+TINY = {"n_layer": 1, "n_embd": 64, "n_head": 4, "block_size": 32, "vocab_size": 500}
 
 
 def missing_gpu() -> str:

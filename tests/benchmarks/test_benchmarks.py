@@ -51,7 +51,7 @@ def test_a_wrong_gradient_misses_its_target(tmp_path: Path, monkeypatch: pytest.
     exact = gradients.gradients
 
     def wrong(case: gpu.Case, dtype: str, compiled: bool) -> tuple[float, dict[str, Any]]:
-        loss, found = exact(case, dtype, compiled)
+        loss, found = exact(case, dtype, compiled=False)  # what compiling gives is the test above
         if compiled:
             found["blocks.0.attn.k.weight"] *= 1.2
         return loss, found
