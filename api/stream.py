@@ -105,7 +105,10 @@ def _read_log(run: RunDir, attempt: int, offset: int, ended: bool) -> tuple[int,
         return attempt, offset, None
     later = [number for number in logs if number > attempt]
     with logs[attempt].open("rb") as file:
-        offset = max(0, logs[attempt].stat().st_size - LOG_TAIL_BYTES) if offset < 0 else offset
+        size = logs[attempt].stat().st_size
+        if offset > size:  # what was read lies in the log's older part now
+            offset = 0
+        offset = max(0, size - LOG_TAIL_BYTES) if offset < 0 else offset
         file.seek(offset)
         chunk = file.read(LOG_CHUNK_BYTES)
     if b"\n" in chunk:

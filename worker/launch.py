@@ -362,8 +362,10 @@ class Launcher:
 
 def _tail(log: Path, lines: int) -> list[str]:
     """The last lines that the trainer printed."""
-    if not log.exists() or not lines:
-        return []
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 16_384))
-        return file.read().decode("utf-8", "replace").splitlines()[-lines:]
+    text = b""
+    for part in (processes.older_log(log), log):
+        if part.exists() and lines:
+            with part.open("rb") as file:
+                file.seek(max(0, part.stat().st_size - 16_384))
+                text += file.read()
+    return text.decode("utf-8", "replace").splitlines()[-lines:]

@@ -331,6 +331,8 @@ def test_a_log_is_followed_line_by_line_over_attempts_to_its_end(
         assert next(messages).data == "three"
         run.begin_attempt()
         assert next(messages).data == "four"  # no more of it will come
+        run.log_file.write_text("soon in the older part\n")
+        assert next(messages).data == "soon in the older part"
         run.log_file.write_text("again\nlast")
         again = next(messages)
         assert again.data == "again"

@@ -33,6 +33,7 @@ from worker.hold import ASK_SECONDS, Hold
 from worker.job import Job, JobError, Ticket, new_job_id
 from worker.keys import KEYS
 from worker.launch import Launcher
+from worker.processes import Tree, older_log
 from worker.progress import Progress
 from worker.settings import Settings
 from worker.shipper import Shipper
@@ -317,6 +318,23 @@ def test_a_trainer_that_hangs_shows_where_and_is_followed_by_another_attempt(
     assert any("no step for" in text and "after step 3" in text for text in why)
     log = RunDir(fake.runs / job.id).attempt(1).log.read_text()
     assert "fake_trainer.py" in log and "in main" in log
+
+
+def test_a_log_that_grows_too_long_keeps_one_older_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.processes.LOG_BYTES", 1000)
+    log, proceed = tmp_path / "train.log", tmp_path / "proceed"
+    program = f"for part in 1 2; do seq -f part-$part-%g 200; until rm {proceed}; do sleep 0.05; done; done; echo end"
+    ticket = Ticket(job_id=new_job_id(), attempt=1, node_rank=0, slot="a-0")
+    tree = Tree(["sh", "-c", f"({program}) 2>/dev/null"], ticket, os.environ, tmp_path, log, 1.0)
+    for part in (1, 2):
+        last = f"part-{part}-200\n"
+        wait_until(lambda last=last: tree.alive() and older_log(log).exists() and last in older_log(log).read_text())
+        proceed.touch()
+    wait_until(lambda: not tree.alive())
+    assert log.read_text() == "end\n"
+    text = older_log(log).read_text()
+    assert text.startswith("part-2-1\n") and text.endswith("part-2-200\n")
+    assert launch._tail(log, 3) == ["part-2-199", "part-2-200", "end"]
 
 
 @pytest.mark.slow
