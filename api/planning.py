@@ -110,7 +110,7 @@ def _check_subject(spec: EvalSpec | PublishSpec, settings: Settings, store: Stor
         job = store.get_job(spec.source)
     except JobNotFound:
         return None
-    if job.spec["kind"] == "train" and isinstance(spec, PublishSpec):
+    if job.spec.get("kind") == "train" and isinstance(spec, PublishSpec):
         _check_exportable(TrainSpec.model_validate(job.spec), "/source")
     return job.id if job.status == "succeeded" else None
 

@@ -106,6 +106,8 @@ class Job(Record):
     published: dict[str, Any] | None = None
     parent_job_id: str | None = None
     error: JobError | None = None
+    # fields of its record that cannot be read; what stands in their place says nothing
+    damaged: list[str] = []
 
     @property
     def ended(self) -> bool:

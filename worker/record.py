@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from gptcore.plan import Plan
 from gptcore.spec import AnySpec, EvalSpec, TrainSpec
@@ -88,7 +88,35 @@ def place(entry_id: str) -> tuple[int, ...]:
 
 
 def job_of(fields: dict[str, str], rank: int | None) -> Job:
-    decoded: dict[str, Any] = {
-        name: json.loads(text) if name in _JSON_FIELDS else text for name, text in fields.items()
-    }
-    return Job.model_validate(decoded | {"queue_position": None if rank is None else rank + 1})
+    """Return the job of a record that has an `id`, and its place in the queue counted from `rank` 0.
+
+    Fields that are lost or cannot be read are named in `damaged`: one bad record must not hide the jobs beside it.
+    """
+    decoded: dict[str, Any] = {"queue_position": None if rank is None else rank + 1}
+    damaged = []
+    for name, text in fields.items():
+        try:
+            decoded[name] = json.loads(text) if name in _JSON_FIELDS else text
+        except ValueError:
+            damaged.append(name)
+    if not damaged:
+        try:
+            return Job.model_validate(decoded)
+        except ValidationError as error:
+            damaged = sorted({str(one["loc"][0]) for one in error.errors()})
+    return _damaged_job(decoded, damaged)
+
+
+def _damaged_job(decoded: dict[str, Any], damaged: list[str]) -> Job:
+    """Return what can be read of a record. A job of unknown status counts as failed, and can be deleted."""
+    stand_ins: dict[str, Any] = {
+        "kind": "unknown", "name": "", "labels": {}, "status": "failed", "created_at": 0, "queued_at": 0, "spec": {},
+    }  # fmt: skip
+    readable = {name: value for name, value in decoded.items() if name not in damaged}
+    try:
+        job = Job.model_validate(stand_ins | readable)
+    except ValidationError as error:  # more is damaged than JSON that cannot be parsed
+        return _damaged_job(readable, damaged + [str(one["loc"][0]) for one in error.errors()])
+    damaged = sorted({*damaged, *(name for name in stand_ins if name not in readable)})
+    why = f"its record is damaged: {', '.join(damaged)} cannot be read; delete it once nothing of it runs"
+    return job.model_copy(update={"damaged": damaged, "status_reason": why})

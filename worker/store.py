@@ -111,9 +111,10 @@ class Store(Connected):
         pipeline = self._redis.pipeline(transaction=False)
         for job_id in job_ids:
             pipeline.hgetall(KEYS["job"] + job_id)
-        found = [fields for fields in pipeline.execute() if fields]
+        records = zip(job_ids, pipeline.execute(), strict=True)
+        found = [{"id": job_id} | fields for job_id, fields in records if fields]
         for fields in found:
-            pipeline.zrank(KEYS["queue"] + fields["pool"], fields["id"])
+            pipeline.zrank(KEYS["queue"] + fields.get("pool", ""), fields["id"])
         return [job_of(fields, rank) for fields, rank in zip(found, pipeline.execute(), strict=True)]
 
     def list_jobs(

@@ -430,3 +430,12 @@ def test_ready_means_redis_and_a_live_worker(http: httpx2.Client, store: Store) 
     assert http.get("/readyz").status_code == 200
     store.retire_node("node")
     assert http.get("/readyz").status_code == 503
+
+
+def test_a_damaged_record_makes_no_page_fail(http: httpx2.Client, store: Store) -> None:
+    job_id = http.post("/jobs", json=train_spec()).json()["id"]
+    store._redis.hset(f"trainmaster:job:{job_id}", mapping={"status": "resting", "labels": "{"})
+    for answer in (http.get("/jobs"), http.get(f"/jobs/{job_id}"), http.post(f"/jobs/{job_id}/cancel")):
+        assert answer.status_code == 200 and "damaged" in answer.text
+    assert http.get("/jobs").json()["data"][0]["damaged"] == ["labels"]  # cancelling mended its status
+    assert http.get("/metrics").status_code == 200

@@ -866,3 +866,50 @@ def test_an_attempt_asserted_again_frees_what_an_older_one_had(store: Store) -> 
     assert [slot.job_id for n in store.list_nodes() for slot in n.slots] == [None, job_id]
     store.finish(job_id, 2, "succeeded", "", who="b-0", fields={})
     assert store._redis.hgetall(KEYS["owners"]) == {} and store._redis.zcard(KEYS["leases"]) == 0
+
+
+DAMAGE = {
+    "a lost kind": ("kind", None),
+    "a lost pool": ("pool", None),
+    "a lost status": ("status", None),
+    "an unknown status": ("status", "resting"),
+    "labels that are not JSON": ("labels", "{"),
+    "nodes that are not JSON": ("nodes", "[{"),
+    "a spec of another type": ("spec", "[]"),
+    "a time that is not one": ("created_at", "yesterday"),
+}
+
+
+@pytest.mark.parametrize("runs", [False, True])
+@pytest.mark.parametrize("field, text", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_record_is_shown_cancelled_and_deleted(
+    store: Store, field: str, text: str | None, runs: bool
+) -> None:
+    store.register_node(node("a", 1))
+    whole, damaged = submit(store), submit(store, resources={"priority": 1})
+    if runs:
+        start(store, damaged)
+    record = KEYS["job"] + damaged
+    store._redis.hdel(record, field) if text is None else store._redis.hset(record, field, text)
+    shown = {job.id: job.damaged for job in store.list_jobs().data}
+    assert shown[whole] == [] and shown[damaged] == ([] if field == "pool" else [field])
+    assert store.get_job(damaged).damaged == shown[damaged]
+    assert store.census().statuses
+    store.request_cancel(damaged)
+    if runs:
+        with pytest.raises(NotPossible):
+            store.delete_job(damaged)
+        assert store.renew(damaged, 1) == "cancel"
+        assert store.finish(damaged, 1, "cancelled", "", who="t", fields={}) == "cancelled"
+        assert store._redis.hgetall(KEYS["owners"]) == {}
+    store.delete_job(damaged)
+    assert [job.id for job in store.list_jobs().data] == [whole]
+    assert store.reserve("default") == 1 and store.get_job(whole).status == "starting"
+
+
+def test_a_record_of_unknown_status_is_deleted_without_being_cancelled(store: Store) -> None:
+    parent = submit(store)
+    child = store.create_job(parse_spec(train_spec()), None, parent_job_id=parent)[0].id
+    store._redis.hset(KEYS["job"] + parent, "status", "resting")
+    store.delete_job(parent)
+    assert [(job.id, job.status) for job in store.list_jobs().data] == [(child, "cancelled")]

@@ -9,7 +9,7 @@ local started, queue_seconds = unpack(redis.call('HMGET', K.totals, 'started', '
 found.started, found.queue_seconds = tonumber(started or 0), tonumber(queue_seconds or 0)
 for _, pool in ipairs(redis.call('SMEMBERS', K.pools)) do
   local oldest = redis.call('ZRANGE', K.waiting .. pool, 0, 0)[1]
-  local created = oldest and redis.call('HGET', K.job .. oldest, 'created_at')
+  local created = oldest and tonumber(redis.call('HGET', K.job .. oldest, 'created_at'))
   if created then found.oldest_waiting_seconds[pool] = time - created end
 end
 for _, id in ipairs(redis.call('ZRANGE', K.index .. 'status:running', 0, -1)) do

@@ -15,7 +15,7 @@ local time = now()
 if rank == '0' then
   if redis.call('HSETNX', job, 'started_at', stamp(time)) == 1 then
     set_waiting(id, false)
-    local created = redis.call('HGET', job, 'created_at') or time
+    local created = tonumber(redis.call('HGET', job, 'created_at')) or time
     redis.call('HINCRBY', K.totals, 'started', 1)
     redis.call('HINCRBYFLOAT', K.totals, 'queue_seconds', stamp(time - created))
   end

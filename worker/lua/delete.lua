@@ -3,13 +3,16 @@
 -- Its idempotency key stays: a request repeated late makes no new job.
 local id = ARGV[1]
 local status = redis.call('HGET', K.job .. id, 'status')
-if not status then return redis.call('EXISTS', K.deleted .. id) == 1 and '' end
-if not TERMINAL[status] then return status end
+if redis.call('EXISTS', K.job .. id) == 0 then return redis.call('EXISTS', K.deleted .. id) == 1 and '' end
+local damaged = not ALLOWED[status]
+if damaged and redis.call('ZSCORE', K.leases, id) then return 'running' end
+if not damaged and not TERMINAL[status] then return status end
 for _, other in ipairs(redis.call('ZRANGE', K.readers .. id, 0, -1)) do
   local state = redis.call('HGET', K.job .. other, 'status')
   if state and not TERMINAL[state] then return other end
 end
 if ARGV[2] == 'look' then return '' end
+if damaged then conclude(id, 'failed', 'scheduler', 'its record is damaged') end  -- nobody waits for it any more
 forget_indexes(id)
 redis.call('DEL', K.job .. id, K.events .. id, K.changes .. id, K.children .. id, K.readers .. id)
 redis.call('SET', K.deleted .. id, '', 'EX', 604800)

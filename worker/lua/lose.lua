@@ -11,7 +11,7 @@ local time, given_up, deaf_seconds = now(), {}, 5
 local function cause(id, rank)
   local current, nodes = unpack(redis.call('HMGET', K.job .. id, 'attempt', 'nodes'))
   local node, slot = '?', '?'
-  for _, allocation in ipairs(cjson.decode(nodes or '[]')) do
+  for _, allocation in ipairs(decoded(nodes)) do
     if allocation.node_rank == rank then node, slot = allocation.node, allocation.slot end
   end
   if redis.call('HEXISTS', K.job .. id, 'claim:' .. current .. ':' .. rank) == 0 then
@@ -46,8 +46,8 @@ local function give_up(id, why)
     if why.reason == 'disk_full' then pause = 20 end  -- somebody may be making space
     if why.reason == 'disk_full' and most == 0 and redis.call('EXISTS', K.events .. id) == 0 then
       redis.call('HDEL', job, 'root')  -- nothing was written there: another machine may have room
-      local taken = cjson.decode(redis.call('HGET', job, 'nodes'))[1].slot
-      redis.call('ZADD', K.deaf, time + pause + deaf_seconds, taken)
+      local first = decoded(redis.call('HGET', job, 'nodes'))[1]
+      if first then redis.call('ZADD', K.deaf, time + pause + deaf_seconds, first.slot) end
     end
     redis.call('HSET', job, 'not_before', stamp(time + pause))
     local later = pause > 0 and ', tried again in ' .. pause .. ' s' or ''
@@ -61,7 +61,7 @@ end
 
 -- The node rank of a lease of this job that ran out; nil if none did.
 local function expired_rank(id)
-  for _, allocation in ipairs(cjson.decode(redis.call('HGET', K.job .. id, 'nodes') or '[]')) do
+  for _, allocation in ipairs(decoded(redis.call('HGET', K.job .. id, 'nodes'))) do
     local ends = redis.call('ZSCORE', K.leases, holder(id, allocation.node_rank))
     if ends and tonumber(ends) <= time then return allocation.node_rank end
   end

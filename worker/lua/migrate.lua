@@ -10,6 +10,7 @@ for place = 3, #ARGV, 3 do
     if likeness ~= '' then redis.call('HSET', job, 'likeness', likeness) end
     if reads ~= '' then redis.call('HSET', job, 'reads', reads) end
     index_job(id)
+    started, created = tonumber(started), tonumber(created)
     if started and created then
       redis.call('HINCRBY', K.totals, 'started', 1)
       redis.call('HINCRBYFLOAT', K.totals, 'queue_seconds', stamp(started - created))

@@ -128,7 +128,8 @@ end
 -- Puts a job into its pool's queue: higher priority first, then lower number.
 local function enqueue(id)
   local pool, priority, number = unpack(redis.call('HMGET', K.job .. id, 'pool', 'priority', 'number'))
-  redis.call('ZADD', K.queue .. pool, number - priority * 2 ^ 40, id)
+  local place = (tonumber(number) or number_of(id)) - (tonumber(priority) or 0) * 2 ^ 40
+  redis.call('ZADD', K.queue .. (pool or 'default'), place, id)
   redis.call('HSET', K.job .. id, 'queued_at', stamp(now()))
 end
 
@@ -146,8 +147,10 @@ local function expire_events(id) redis.call('EXPIRE', K.events .. id, 30 * 86400
 local move
 function move(id, to, who, why)
   local job = K.job .. id
-  local from = redis.call('HGET', job, 'status')
-  if not (from and ALLOWED[from][to]) then return false end
+  local from = redis.call('HGET', job, 'status') or ''
+  if redis.call('EXISTS', job) == 0 then return false end
+  -- a damaged record may hold a status that the table does not know: any change mends it
+  if ALLOWED[from] and not ALLOWED[from][to] then return false end
   redis.call('HSET', job, 'status', to, 'status_reason', why)
   index_status(id, to)
   note(id, from, to, who, why)
@@ -179,9 +182,17 @@ end
 
 -- Frees the slots that a job has, and ends its leases.
 local function release(id)
-  for _, allocation in ipairs(cjson.decode(redis.call('HGET', K.job .. id, 'nodes') or '[]')) do
+  local nodes = redis.call('HGET', K.job .. id, 'nodes')
+  local allocations = decoded(nodes)
+  for _, allocation in ipairs(allocations) do
     redis.call('ZREM', K.leases, holder(id, allocation.node_rank))
     if redis.call('HGET', K.owners, allocation.slot) == id then redis.call('HDEL', K.owners, allocation.slot) end
+  end
+  if #allocations == 0 and nodes ~= '[]' then  -- the record is damaged, or the job has no slot yet
+    redis.call('ZREM', K.leases, id)
+    for _, slot in ipairs(redis.call('HKEYS', K.owners)) do
+      if redis.call('HGET', K.owners, slot) == id then redis.call('HDEL', K.owners, slot) end
+    end
   end
 end
 
@@ -191,7 +202,7 @@ local function conclude(id, to, who, why)
   local status = redis.call('HGET', job, 'status')
   if status == 'cancelling' and to ~= 'succeeded' then to, why = 'cancelled', 'cancelled on request' end
   if status == 'pausing' and (to == 'queued' or to == 'recovering') then to, why = 'paused', 'paused on request' end
-  if not move(id, to, who, why) then return redis.error_reply('REFUSED ' .. status .. ' to ' .. to) end
+  if not move(id, to, who, why) then return redis.error_reply('REFUSED ' .. tostring(status) .. ' to ' .. to) end
   release(id)
   redis.call('HDEL', job, 'desired', 'eta_seconds', 'phase', 'rendezvous', 'broken')
   if to == 'queued' or to == 'recovering' then enqueue(id) end
