@@ -105,7 +105,10 @@ def _score_val_loss(spec: EvalSpec, subject: Trained | HubFolder, scorer: Scorer
     asked = spec.eval_tokens or (trained.evaluate.eval_tokens if trained else 10_485_760)
     val_loss = validation_loss(scorer.loss, windows, asked, max(1, scorer.most_tokens // windows.block_size), dist)
     of = f":{name}" if trained and name != trained.data.dataset else ""
-    results = {f"val_loss{of}": val_loss, f"bits_per_byte{of}": bits_per_byte(val_loss, dataset.val)}
+    results = {
+        f"val_loss{of}": val_loss,
+        f"bits_per_byte{of}": bits_per_byte(val_loss, windows, asked, dataset.tokenizer),
+    }
     count = val_windows(windows, asked)
     return Scored(step=step, task=f"val_loss{of}", results=results, items=count, seconds=time.perf_counter() - began)
 

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gptcore.data import Windows
-from gptcore.dataset import Split
 from gptcore.dist import Dist
 from gptcore.loss import IGNORED
+from gptcore.tokenizer import load_tokenizer
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # tokens, targets (B, T) → mean loss ()
 
@@ -45,6 +46,17 @@ def validation_loss(
     return float(loss_sum / windows_seen)
 
 
-def bits_per_byte(val_loss: float, split: Split) -> float:
-    """A loss that compares across tokenizers: nats a token → bits a byte of the split's text."""
-    return val_loss * split.tokens / (math.log(2) * max(1, split.bytes))
+def bits_per_byte(val_loss: float, windows: Windows, eval_tokens: int, tokenizer: str) -> float:
+    """Return a loss that compares across tokenizers: nats per token → bits per byte of the text that was evaluated."""
+    count = val_windows(windows, eval_tokens)
+    return val_loss * count * windows.block_size / (math.log(2) * max(1, _target_bytes(windows, count, tokenizer)))
+
+
+@lru_cache(8)  # a run evaluates the same windows each time
+def _target_bytes(windows: Windows, count: int, tokenizer: str) -> int:
+    """Return the bytes of text of the targets of the first `count` windows."""
+    lengths, total = load_tokenizer(tokenizer).token_bytes(), 0
+    for start in range(0, count, 256):
+        targets = windows.read(np.arange(start, min(count, start + 256)))[1].numpy()
+        total += int(lengths[targets].sum())
+    return total

@@ -338,7 +338,7 @@ class Trainer:
         self.report(
             events.Evaluated(
                 step=state.step, tokens=state.tokens, val_loss=val_loss, best=best,
-                bits_per_byte=bits_per_byte(val_loss, self.dataset.val),
+                bits_per_byte=bits_per_byte(val_loss, self.val, asked, self.dataset.tokenizer),
                 eval_tokens=val_windows(self.val, asked) * self.val.block_size,
                 seconds=time.perf_counter() - began,
             )
