@@ -79,7 +79,7 @@ def write_tokenizer(folder: Path, tokenizer: str, block_size: int) -> None:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
-        "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT,
+        "bos_token": EOT_TEXT, "eos_token": EOT_TEXT, "unk_token": EOT_TEXT, "pad_token": EOT_TEXT,
     }  # fmt: skip
     if tokenizer == "gpt2":
         config |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}

@@ -90,6 +90,8 @@ def test_the_exported_tokenizer_gives_our_tokens_and_text_back(tmp_path: Path, t
     export_model(tmp_path / "export", spec, dict(GPT(spec).named_parameters()), tokenizer)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert len(theirs) == ours.vocab_size
+    batch = theirs(["a", "three words here"], padding=True)
+    assert theirs.pad_token_id == ours.eot and sorted(batch["attention_mask"][0])[0] == 0
     for text in TEXTS:
         if "<|endoftext|>" in text:
             continue  # the Hub's tokenizers take it for the special token, which ours never writes from text
