@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from api.estimate import estimate
-from gptcore.dataset import tokenizer_of, tokenizer_of_checkpoint
+from gptcore.dataset import refuse_reserved, tokenizer_of, tokenizer_of_checkpoint
 from gptcore.init_check import (
     CONFIG_BYTES,
     TOKENIZER_BYTES,
@@ -175,6 +175,7 @@ def _refuse(pointer: str, message: str) -> None:
 
 
 def _check_source(spec: PrepareSpec, settings: Settings) -> None:
+    refuse_reserved(spec.dataset, spec.source.format == "shards")
     sources = settings.datasets / "sources"
     if spec.source.repo is None and real_path(sources / spec.source.path) is None:
         message = f"path {spec.source.path!r} is not in {sources}; put the text there, or use another path"

@@ -10,6 +10,7 @@ import itertools
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from gptcore.spec import Problem, SpecError
 
 Batch = tuple[Tensor, Tensor]  # tokens, targets (B, T) int64
 PREFETCHED_BATCHES = 4
+OPEN_SHARDS = 256  # of one split, at once
 
 
 class Windows:
@@ -32,10 +34,15 @@ class Windows:
         if problems:
             raise SpecError([Problem(pointer="/data/dataset", message=p) for p in problems])
         self.block_size = block_size
-        self._shards = [np.memmap(folder / s.file, dtype="<u2", mode="r", offset=HEADER_BYTES) for s in split.shards]
-        counts = [max(0, (len(shard) - 1) // block_size) for shard in self._shards]
+        self._files = [folder / shard.file for shard in split.shards]
+        # each map holds a file descriptor, and a process may often have no more than 1,024
+        self._shard = lru_cache(OPEN_SHARDS)(self._map)
+        counts = [max(0, (shard.tokens - 1) // block_size) for shard in split.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.count = int(self._ends[-1]) if counts else 0
+
+    def _map(self, number: int) -> np.ndarray:
+        return np.memmap(self._files[number], dtype="<u2", mode="r", offset=HEADER_BYTES)
 
     def read(self, indices: np.ndarray) -> Batch:
         """Window numbers (B,) → tokens, targets (B, T) int64."""
@@ -45,7 +52,7 @@ class Windows:
             shard = int(np.searchsorted(self._ends, index, side="right"))
             first = self._ends[shard - 1] if shard else 0
             start = int(index - first) * T
-            row[:] = self._shards[shard][start : start + T + 1]
+            row[:] = self._shard(shard)[start : start + T + 1]
         block = torch.from_numpy(rows)
         return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 

@@ -30,6 +30,8 @@ BUILTIN: dict[str, tuple[Tokenizer, str]] = {
     "python-stdlib-gpt2": ("gpt2", "the Python standard library's own source, in GPT-2's BPE"),
 }
 
+# folders beside the datasets: the harness's own tasks, the text that prepare jobs read, HellaSwag's items
+RESERVED = ("lm_eval", "sources", "hellaswag")
 # where they lie on the Hub: repository, files
 FINEWEB = {
     "fineweb-10bt": ("HuggingFaceFW/fineweb", "sample/10BT/*.parquet"),
@@ -100,6 +102,16 @@ def tokenizer_of(root: Path, name: str) -> Tokenizer:
     known = {*BUILTIN, *(d.name for d in list_datasets(root))}
     way_out = f"{closest(name, known)} or make it: trainmaster prepare {name} --text FILE"
     raise refusal("/data/dataset", f"dataset {name!r} is unknown; {way_out}")
+
+
+def refuse_reserved(name: str, shards: bool, pointer: str = "/dataset") -> None:
+    """Raise SpecError if other text may not take the name: a built-in dataset's, or a folder's with another purpose.
+
+    shards: from token shards that exist. FineWeb's may come that way, for example from llm.c's script.
+    """
+    if name in RESERVED or (name in BUILTIN and not (shards and name in FINEWEB)):
+        what = "a built-in dataset" if name in BUILTIN else "a folder with another purpose in the datasets root"
+        raise refusal(pointer, f"dataset {name!r} is the name of {what}; use another name")
 
 
 def tokenizer_of_checkpoint(root: Path, meta: Mapping[str, Any]) -> Tokenizer:

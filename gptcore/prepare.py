@@ -229,11 +229,16 @@ def _write(
     lengths = tokenizer.token_bytes()
     try:
         for batch in _batches(source.read(documents), BATCH_CHARACTERS):
-            if max_tokens is not None and writers["train"].tokens >= max_tokens:
+            room = max_tokens and max_tokens - sum(writer.tokens for writer in writers.values())
+            if room is not None and room <= 0:
                 break
-            for document, tokens in zip(batch, _encode_all(tokenizer, batch), strict=True):
+            for document, encoded in zip(batch, _encode_all(tokenizer, batch), strict=True):
+                tokens = encoded[:room]  # the last document is cut, so that max_tokens is exact
+                room = room and room - len(tokens)
                 split = "val" if _share(document.name) < settings["val_fraction"] else "train"
                 writers[split].append(tokens, int(lengths[tokens].sum()))
+                if room == 0:
+                    break
             documents += len(batch)
             saved = {s: writer.split().model_dump() for s, writer in writers.items()}
             saved |= {"settings": settings, "documents": documents}

@@ -4,6 +4,7 @@ import time
 
 from huggingface_hub.errors import HfHubHTTPError
 
+from gptcore.dataset import refuse_reserved
 from gptcore.events import Finished, PhaseChanged
 from gptcore.failure import may_pass
 from gptcore.job_process import Process, run_job
@@ -34,6 +35,7 @@ def _run(process: Process[PrepareSpec]) -> Finished:
             report(PhaseChanged(phase="preparing", message=said, progress=share))
 
     report(PhaseChanged(phase="preparing"))
+    refuse_reserved(spec.dataset, spec.source.format == "shards")
     try:
         if spec.source.format == "shards":
             folder = datasets_root() / "sources" / spec.source.path

@@ -73,7 +73,7 @@ def _hub_accepts(repo: str) -> str:
 
 
 def _hub_address(source: str) -> str:
-    if not re.match(SOURCE, source):
+    if not re.match(SOURCE, source) or source.endswith("\n"):  # before which `$` matches too
         raise ValueError(f"source {source!r} is no address on the Hub; use hf://owner/name, with @revision if you like")
     return source
 
@@ -337,8 +337,8 @@ class PrepareSpec(JobBase):
     source: SourceSpec
     tokenizer: Literal["bytes", "gpt2"] = "gpt2"
     val_fraction: float = Field(0.01, gt=0, lt=1, description="share of documents held out")
-    max_tokens: int | None = Field(None, ge=1)
-    shard_tokens: int = Field(100_000_000, ge=1024)
+    max_tokens: int | None = Field(None, ge=1, description="at most this many tokens, both splits together")
+    shard_tokens: int = Field(100_000_000, ge=1024, lt=2**31, description="at most, in a file")
 
 
 class SourceModel(JobBase):

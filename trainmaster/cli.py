@@ -116,12 +116,13 @@ def prepare(
         Literal["gpt2", "bytes"], typer.Option(help="GPT-2's BPE, or a token a byte: for small models and texts")
     ] = "gpt2",
     val_fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="share held out for validation")] = 0.05,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="stop after about so many")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="at most this many, both splits together")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a dataset on this machine. Interrupted, it goes on where it stopped."""
     import httpx2
 
+    from gptcore.dataset import refuse_reserved
     from gptcore.prepare import adopt_shards
     from gptcore.sources import hub_files, local_files
     from trainmaster.prepare import run_prepare
@@ -138,6 +139,7 @@ def prepare(
     settings = Settings.from_environment()
     settings.make_home()
     datasets = settings.datasets
+    refuse_reserved(name, shards is not None)
     try:
         if shards:
             dataset = adopt_shards(datasets, name, shards, tokenizer)

@@ -163,6 +163,32 @@ BAD = {
         "/source/path",
         ["'../x'", "relative path"],
     ),
+    "a built-in dataset's name": (
+        {"kind": "prepare", "name": "p", "dataset": "fineweb-10bt", "source": {"format": "text", "path": "x"}},
+        "/dataset",
+        ["'fineweb-10bt' is the name of a built-in dataset; use another name"],
+    ),
+    "a name of another purpose": (
+        {"kind": "prepare", "name": "p", "dataset": "sources", "source": {"format": "shards", "path": "x"}},
+        "/dataset",
+        ["'sources' is the name of a folder with another purpose"],
+    ),
+    "more tokens than a shard's header can count": (
+        {
+            "kind": "prepare",
+            "name": "p",
+            "dataset": "d",
+            "source": {"format": "text", "path": "x"},
+            "shard_tokens": 2**31,
+        },
+        "/shard_tokens",
+        ["2147483648", "less than 2147483648"],
+    ),
+    "an address that ends with a line": (
+        train_spec(init_from={"source": "hf://a/b\n"}),
+        "/init_from/source",
+        ["is no address on the Hub"],
+    ),
     "a name too long for a file": (
         {"kind": "prepare", "name": "p", "dataset": "d", "source": {"format": "text", "path": "x" * 300}},
         "/source/path",

@@ -1,3 +1,5 @@
+import math
+import resource
 import struct
 from pathlib import Path
 
@@ -7,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptcore.data import Prefetcher, Sequence, Windows, permuted
+from gptcore.data import OPEN_SHARDS, Prefetcher, Sequence, Windows, permuted
 from gptcore.dataset import HEADER_BYTES, MAGIC, Shard, Split, read_dataset
 from gptcore.dist import Dist
+from gptcore.evaluate import bits_per_byte
 from gptcore.prepare import adopt_shards
 from gptcore.spec import SpecError
 
@@ -149,3 +152,20 @@ def test_a_shard_header_is_the_one_that_other_trainers_write(tmp_path: Path) -> 
     write_shard(tmp_path / "a.bin", np.arange(3))
     magic, version, count = struct.unpack("<3i", (tmp_path / "a.bin").read_bytes()[:12])
     assert (magic, version, count, HEADER_BYTES) == (20240520, 1, 3, 1024)
+
+
+def test_more_shards_than_a_process_may_open_are_read(tmp_path: Path) -> None:
+    many = windows(tmp_path, *[9] * 300)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + OPEN_SHARDS + 10, limits[1]))
+    try:
+        assert [many.read(np.array([2 * n]))[0][0, 0].item() for n in range(300)] == [9 * n for n in range(300)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_bits_per_byte_count_the_bytes_of_the_tokens_that_were_evaluated(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "0.bin", np.array([65] * 5 + [0] * 8))
+    own = Windows(tmp_path, Split(tokens=13, bytes=5, documents=8, shards=[shard]), 4)
+    assert bits_per_byte(math.log(2), own, 4, "bytes") == pytest.approx(1.0)
