@@ -12,7 +12,7 @@ from gptcore.procs import die_with_parent
 from worker.connection import AWAY
 from worker.place import runs_root_id
 from worker.settings import Settings
-from worker.shipper import ship_rest
+from worker.shipper import end_shipped, ship_rest
 from worker.store import Store
 
 log = logging.getLogger("trainmaster.worker")
@@ -21,7 +21,8 @@ log = logging.getLogger("trainmaster.worker")
 def ship_lost(store: Store, settings: Settings) -> None:
     """Ship the rest of each lost attempt whose files are here. Raises AWAY."""
     for job_id, attempt in store.unshipped(runs_root_id(settings)):
-        ship_rest(store, settings.runs, job_id, attempt)
+        if ship_rest(store, settings.runs, job_id, attempt):
+            end_shipped(store, job_id, attempt, "scheduler")
         if store.lose_shipped(job_id, attempt, settings.max_attempts):
             log.warning("%s: its attempt showed no sign of life and is given up", job_id)
 

@@ -114,14 +114,22 @@ class Shipper:
 
 def ship_rest(
     store: Store, runs: Path, job_id: str, attempt: int, *, meanwhile: Callable[[], None] = lambda: None
-) -> None:
-    """Ship what the launcher of a lost attempt had not. Calls `meanwhile` between two batches.
+) -> bool:
+    """Ship what the launcher of a lost attempt had not; return whether the run had finished.
 
-    Does nothing if the run directory is not here, or is another job's.
+    Calls `meanwhile` between two batches. Does nothing if the run directory is not here, or is another job's.
     """
     run_dir = RunDir(runs / job_id)
-    if run_dir.path.exists() and run_dir.owner() in ("", job_id):
-        shipper = Shipper(store, job_id, run_dir, attempt, None)
-        with suppress(Superseded):
-            while shipper.send():
-                meanwhile()
+    if not run_dir.path.exists() or run_dir.owner() not in ("", job_id):
+        return False
+    shipper = Shipper(store, job_id, run_dir, attempt, None)
+    with suppress(Superseded):
+        while shipper.send():
+            meanwhile()
+    return shipper.finished
+
+
+def end_shipped(store: Store, job_id: str, attempt: int, who: str) -> None:
+    """End a lost attempt whose run had finished. Does nothing if it was given up before: the next one does it."""
+    with suppress(Superseded):
+        store.finish(job_id, attempt, "succeeded", "finished before its launcher was lost", who=who, fields={})

@@ -33,7 +33,7 @@ from worker.job import JobError, Slot, Ticket
 from worker.place import agent_lock, slot_lock
 from worker.processes import HOME, SLOT, holder_of, kill, living
 from worker.settings import Settings
-from worker.shipper import ship_rest
+from worker.shipper import end_shipped, ship_rest
 from worker.store import Store, Superseded
 
 FUNCTION = "worker.launch.run"
@@ -119,7 +119,8 @@ class SlotWorker(Worker):
         if ticket.node_rank == 0:
             job_id, attempt, most = ticket.job_id, ticket.attempt, settings.max_attempts
             if not store.lose(job_id, attempt, most, error, who=ticket.slot, shipped=False):
-                ship_rest(store, settings.runs, job_id, attempt, meanwhile=hold)
+                if ship_rest(store, settings.runs, job_id, attempt, meanwhile=hold):
+                    end_shipped(store, job_id, attempt, ticket.slot)
                 store.lose(job_id, attempt, most, error, who=ticket.slot)
         else:
             store.leave(ticket.job_id, ticket.attempt, ticket.node_rank, f"slot {ticket.slot}: {message}")

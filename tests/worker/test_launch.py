@@ -35,6 +35,7 @@ from worker.keys import KEYS
 from worker.launch import Launcher
 from worker.processes import Tree, older_log
 from worker.progress import Progress
+from worker.rest import ship_lost
 from worker.settings import Settings
 from worker.shipper import Shipper
 from worker.store import Store
@@ -452,6 +453,18 @@ def test_an_agent_has_the_events_of_a_lost_attempt_shipped_before_the_job_ends(s
     assert shipped(store, job_id) == written(fake, job_id) and store._redis.scard(KEYS["unshipped"]) == 0
     assert agent._rest is not None and agent._rest.wait(10) == 0
     agent._store.close()
+
+
+def test_a_run_that_finished_has_succeeded_though_its_last_launcher_was_lost(store: Store, fake: Settings) -> None:
+    job_id = left_by_a_dead_launcher(store, fake, 3)
+    report = JsonlReport(RunDir(fake.runs / job_id).attempt(1).events, 1)
+    report(Finished(step=3, seconds=1.0))
+    report.close()
+    store._redis.zadd(KEYS["leases"], {job_id: 1.0})
+    assert store.lose_expired(max_attempts=1) == []
+    ship_lost(store, replace(fake, max_attempts=1))
+    assert store.get_job(job_id).status == "succeeded"
+    assert shipped(store, job_id) == written(fake, job_id) and store.unshipped("") == []
 
 
 def test_an_agent_at_fault_leaves_its_workers_to_the_next(fake: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
