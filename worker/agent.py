@@ -27,7 +27,7 @@ from worker.place import agent_lock, node_id, runs_root_id, slot_lock
 from worker.processes import holder_of, kill, lives
 from worker.schema import Schema, SchemaTooNew
 from worker.settings import Settings
-from worker.store import Store
+from worker.store import NOT_DUE, PACE_SECONDS, TOO_SOON, Store
 
 TICK_SECONDS = 0.5  # between two looks at the workers, and for an end that is asked for
 HEARTBEAT_SECONDS = 2.0  # and of looking for lost attempts, and at the queue; the doorbell makes it less
@@ -104,7 +104,7 @@ class Agent:
             if self._redis_run not in (None, run):  # it may have forgotten what it said last
                 self._store.hold_off()
             self._redis_run = run
-            self._doorbell = self._store.doorbell()
+            self._doorbell = self._store.doorbell(self._settings.pool)
             for what in self._store.weaknesses():
                 log.warning("Redis: %s", what)
         if time.monotonic() - self._seen_at > HEARTBEAT_SECONDS:
@@ -117,13 +117,14 @@ class Agent:
         if time.monotonic() - self._swept_at > SWEEP_SECONDS:
             self._end_hung()
             self._swept_at = time.monotonic()
-        if self._look:
-            self._store.reserve(self._settings.pool)
+        placed = self._store.reserve(self._settings.pool, only_if_due=True) if self._look else NOT_DUE
+        if placed >= 0:
             for ticket in self._store.outbox():
                 # in this order a crash between repeats the ticket, which RQ refuses, and never loses it
                 tasks.hand_over(ticket, self._rq)
                 self._store.clear_outbox(ticket)
-        self._look = self._doorbell.wait(TICK_SECONDS)
+        too_soon = placed == TOO_SOON
+        self._look = self._doorbell.wait(PACE_SECONDS if too_soon else TICK_SECONDS) or too_soon
 
     def _adopt(self) -> None:
         """Take over a former agent's workers, and end those whose slots are no more, with a checkpoint."""

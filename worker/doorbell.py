@@ -1,4 +1,4 @@
-"""How the agents learn that there may be something to do, without asking all the time."""
+"""How a pool's agents learn that there may be something to place, without asking all the time."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ from worker.keys import KEYS
 
 
 class Doorbell:
-    """Rings when there may be something to schedule. A ring can be lost: look now and then anyway."""
+    """Rings when something may be placed in a pool. A ring can be lost: look now and then anyway."""
 
-    def __init__(self, pubsub: Any):
+    def __init__(self, pubsub: Any, pool: str):
         self._pubsub = pubsub
-        pubsub.subscribe(KEYS["doorbell"])
+        pubsub.subscribe(KEYS["doorbell"] + pool)
 
     def wait(self, seconds: float) -> bool:
         """Whether it rang within `seconds`."""

@@ -25,11 +25,17 @@ KEYS = {
     "idempotency": "trainmaster:idempotency:",  # + key: hash of job and body's sha256, 24 h
     "deleted": "trainmaster:deleted:",  # + id: a week long, for a launcher that was cut off and comes back
     "queue": "trainmaster:queue:",  # + pool: zset of waiting job ids by priority, then number
+    "line": "trainmaster:line:",  # + pool|shape: zset of those of a queue that need the same, in the same order
+    "lines": "trainmaster:lines:",  # + pool: set of the shapes that its waiting jobs have
+    "waits": "trainmaster:waits:",  # + pool: hash, shape to what jobs of it wait for
+    "passed": "trainmaster:passed:",  # + pool: when jobs were last placed; for 2 s, until the next time
+    "rung": "trainmaster:rung:",  # + pool: there, if something has changed since then
     "children": "trainmaster:children:",  # + id: set of the jobs that wait for that one's end
     # zset by end: job id of an attempt under way, and "id/node rank" of its part on each further node
     "leases": "trainmaster:leases",
     "unshipped": "trainmaster:unshipped",  # set of job ids: an attempt was lost, and its last events may be missing
     "nodes": "trainmaster:nodes",  # hash: node id to its record
+    "offers": "trainmaster:offers:",  # + pool: hash, node id to its slots as placement reads them
     "node_leases": "trainmaster:node_leases",  # zset: node id by its lease's end
     "drained": "trainmaster:drained",  # set of node ids that take no new job
     "owners": "trainmaster:owners",  # hash: slot id to the job that has it
@@ -42,7 +48,7 @@ KEYS = {
     "audit": "trainmaster:audit",
     "audit_administration": "trainmaster:audit:administration",
     "audit_refusals": "trainmaster:audit:refusals",
-    "doorbell": "trainmaster:doorbell",  # channel: something to schedule, or to stop
+    "doorbell": "trainmaster:doorbell:",  # + pool: channel, something to place
 }
 
 
@@ -50,7 +56,14 @@ def scripts() -> dict[str, str]:
     """The source of each `lua/{name}.lua`, with the names and the helpers that all scripts share."""
     allowed = {start: dict.fromkeys(ends, True) for start, ends in TRANSITIONS.items()}
     tables = {"K": KEYS, "ALLOWED": allowed, "TERMINAL": dict.fromkeys(sorted(TERMINAL_STATUSES), True)}
-    lines = [f"local {table} = cjson.decode([==[{json.dumps(value)}]==])" for table, value in tables.items()]
+    lines = [f"local {table} = {_in_lua(value)}" for table, value in tables.items()]
     parts = {file.name.removesuffix(".lua"): file.read_text("utf-8") for file in (files("worker") / "lua").iterdir()}
     before = "\n".join([*lines, parts.pop("shared")])
     return {name: f"{before}\n{text}" for name, text in parts.items()}
+
+
+def _in_lua(value: object) -> str:
+    """Return a Lua constructor: unlike JSON it is read once, when Redis compiles the script, not in each call."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"[{json.dumps(key)}] = {_in_lua(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)

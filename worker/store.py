@@ -25,6 +25,8 @@ FORGET_NODE_SECONDS = 3600.0
 LOOKED_AT = 10_000  # jobs, for a page of a list
 LOOKED_AT_ONCE = 500  # by one script: one or two milliseconds in which Redis answers nobody else
 LOCAL = "local"  # owner of the jobs that came without a key
+NOT_DUE, TOO_SOON = -1, -2  # answers of `reserve`
+PACE_SECONDS = 0.1  # after TOO_SOON
 
 
 class JobNotFound(LookupError):
@@ -115,7 +117,12 @@ class Store(Connected):
         found = [{"id": job_id} | fields for job_id, fields in records if fields]
         for fields in found:
             pipeline.zrank(KEYS["queue"] + fields.get("pool", ""), fields["id"])
-        return [job_of(fields, rank) for fields, rank in zip(found, pipeline.execute(), strict=True)]
+            pipeline.hget(KEYS["waits"] + fields.get("pool", ""), fields.get("line", ""))
+        answers = pipeline.execute()
+        for fields, rank, why in zip(found, answers[::2], answers[1::2], strict=True):
+            if rank is not None and why is not None:
+                fields["status_reason"] = why  # said once for all jobs that need the same
+        return [job_of(fields, rank) for fields, rank in zip(found, answers[::2], strict=True)]
 
     def list_jobs(
         self, *, status: str | None = None, kind: str | None = None, label: str | None = None,
@@ -299,8 +306,9 @@ class Store(Connected):
 
     def register_node(self, node: Node) -> None:
         """Make a node known and hold its lease; also how its record changes."""
-        self._redis.hset(KEYS["nodes"], node.id, node.model_dump_json())
-        self._redis.zadd(KEYS["node_leases"], {node.id: self._now() + LEASE_SECONDS})
+        slots = sorted(node.slots, key=lambda slot: slot.hardware.ranks)
+        offer = [node.runs_root, [(slot.id, slot.hardware.ranks, slot.hardware.device) for slot in slots]]
+        self._run("register", node.id, node.model_dump_json(), node.pool, json.dumps(offer), LEASE_SECONDS)
 
     def retire_node(self, node_id: str) -> None:
         """End a node's lease now: nothing new is placed on it."""
@@ -360,9 +368,14 @@ class Store(Connected):
 
     # ---- scheduling
 
-    def reserve(self, pool: str) -> int:
-        """Give slots to waiting jobs, all that a job needs or none; how many jobs were placed."""
-        return int(self._run("reserve", pool, CLAIM_SECONDS, FREEZE_SECONDS, LEASE_SECONDS))
+    def reserve(self, pool: str, only_if_due: bool = False) -> int:
+        """Give slots to waiting jobs, all that a job needs or none; return how many jobs were placed.
+
+        With `only_if_due` the many agents of a pool share the work. Returns NOT_DUE, having done nothing, if the last
+        pass is recent and nothing has changed since; TOO_SOON, if something has: ask again after PACE_SECONDS.
+        """
+        due = "due" if only_if_due else ""
+        return int(self._run("reserve", pool, CLAIM_SECONDS, FREEZE_SECONDS, LEASE_SECONDS, due))
 
     def run_id(self) -> str:
         """Another one for each start of a Redis; empty where INFO is not permitted."""
@@ -380,7 +393,9 @@ class Store(Connected):
         return [Ticket.model_validate_json(text) for text in self._redis.lrange(KEYS["outbox"], 0, -1)]
 
     def clear_outbox(self, ticket: Ticket) -> None:
-        for text in self._redis.lrange(KEYS["outbox"], 0, -1):
+        if self._redis.lrem(KEYS["outbox"], 1, ticket.model_dump_json()):
+            return
+        for text in self._redis.lrange(KEYS["outbox"], 0, -1):  # an older version wrote it in another order
             if Ticket.model_validate_json(text) == ticket:
                 self._redis.lrem(KEYS["outbox"], 0, text)
 
@@ -447,5 +462,5 @@ class Store(Connected):
         }
         return [what for what, is_so in found.items() if is_so]
 
-    def doorbell(self) -> Doorbell:
-        return Doorbell(self._redis.pubsub(ignore_subscribe_messages=True))
+    def doorbell(self, pool: str) -> Doorbell:
+        return Doorbell(self._redis.pubsub(ignore_subscribe_messages=True), pool)

@@ -22,6 +22,8 @@ from worker.job import TRANSITIONS, JobError, Status, new_job_id
 from worker.keys import KEYS
 from worker.store import (
     LEASE_SECONDS,
+    NOT_DUE,
+    TOO_SOON,
     BadCursor,
     IdempotencyConflict,
     JobNotFound,
@@ -34,6 +36,14 @@ from worker.store import (
 
 def submit(store: Store, **changes: Any) -> str:
     return store.create_job(parse_spec(train_spec(**changes)), None)[0].id
+
+
+def change(store: Store, job_id: str, field: str, value: object) -> None:
+    """Set a field of a waiting job, or delete it with None. Its line, which no longer suits it, is made anew."""
+    name = KEYS["job"] + job_id
+    store._redis.hdel(name, field) if value is None else store._redis.hset(name, field, value)
+    for line in store._redis.scan_iter(KEYS["line"] + "*"):
+        store._redis.delete(line)
 
 
 def let_leases_run_out(store: Store) -> None:
@@ -132,6 +142,86 @@ def test_nodes_that_share_no_runs_are_no_two_nodes_for_a_job(store: Store) -> No
     store._redis.hset(KEYS["job"] + wide, "queued_at", store._now() - 601)
     assert store.reserve("default") == 1 and store.get_job(small).status == "starting"
     assert "of 2 nodes of pool default, 1 live" in store.get_job(wide).status_reason
+
+
+def test_a_job_gets_the_smallest_slots_of_the_whole_pool_that_suffice(store: Store) -> None:
+    for name, ranks in (("a", (8,)), ("b", (1, 4)), ("c", (2,)), ("d", (4, 8)), ("e", (1,))):
+        store.register_node(node(name, *ranks))
+
+    def slots_of(**resources: int) -> list[str]:
+        tokens = 256 * resources.get("ranks_per_node", 1) * resources.get("nodes", 1)
+        job_id = submit(store, resources=resources, tokens_per_step=tokens)
+        store.reserve("default")
+        return [part.slot for part in store.get_job(job_id).nodes]
+
+    assert slots_of() == ["e-0"]  # of two that are as small: where least is left over
+    assert slots_of(ranks_per_node=3) == ["b-1"]
+    assert slots_of(nodes=3) == ["b-0", "c-0", "d-0"]
+    assert slots_of(nodes=3, ranks_per_node=2) == []  # all nodes of a job or none
+    assert slots_of(ranks_per_node=5, nodes=2) == ["a-0", "d-1"]
+
+
+def test_a_pass_costs_the_same_however_many_jobs_wait(store: Store) -> None:
+    """Counted in commands: a busy machine would tell nothing by the clock."""
+    for name in "abc":
+        store.register_node(node(name, 1, 1))
+    counts = []
+    for number in range(3):
+        for _ in range(5 if number else 1):
+            submit(store, resources={"nodes": 1, "ranks_per_node": 2})
+            submit(store, resources={"nodes": 2, "ranks_per_node": 3}, tokens_per_step=1536)
+        store.reserve("default")
+        store._redis.config_resetstat()
+        assert store.reserve("default") == 0
+        counts.append(sum(command["calls"] for command in store._redis.info("commandstats").values()))
+    assert counts[1] == counts[2] < counts[0] + 20  # and none for those behind
+    jobs = store.list_jobs(limit=100).data
+    assert all("of pool default, 0 live since" in job.status_reason for job in jobs)
+    assert sorted(job.queue_position or 0 for job in jobs) == list(range(1, len(jobs) + 1))
+
+
+def test_a_queue_of_an_older_version_is_served_in_its_order(store: Store) -> None:
+    """It knew no lines; and a job may have left its queue, or come into it, while both versions ran."""
+    jobs = [submit(store, resources={"priority": priority}) for priority in (0, 0, 5, 0)]
+    for key in store._redis.scan_iter("trainmaster:line*"):
+        store._redis.delete(key)
+    for job_id in jobs:
+        store._redis.hdel(KEYS["job"] + job_id, "line")
+    store.register_node(node("a", 1, 1))
+    assert store.reserve("default") == 2
+    assert [store.get_job(job_id).queue_position for job_id in jobs] == [None, 1, None, 2]
+    store._redis.zrem(KEYS["queue"] + "default", jobs[1])
+    store.register_node(node("b", 1, 1))
+    assert store.reserve("default") == 1 and store.get_job(jobs[3]).status == "starting"
+
+
+def test_agents_of_a_pool_share_one_pass_and_a_change_makes_another(store: Store) -> None:
+    def look(pool: str = "default") -> int:
+        return store.reserve(pool, only_if_due=True)
+
+    store.register_node(node("a", 1))
+    assert [look(), look(), look("other"), look("other")] == [0, NOT_DUE, 0, NOT_DUE]
+    job_id = submit(store)
+    assert wait_until(lambda: (placed := look()) != TOO_SOON and placed) == 1
+    submit(store)
+    assert wait_until(lambda: (placed := look()) != TOO_SOON and placed + 1) == 1 and look() == NOT_DUE
+    store.request_cancel(job_id)
+    assert look("other") == NOT_DUE
+    assert wait_until(lambda: (placed := look()) != TOO_SOON and placed) == 1
+    submit(store)
+    store.register_node(node("b", 1))  # news
+    assert wait_until(lambda: (placed := look()) != TOO_SOON and placed) == 1
+    store.register_node(node("b", 1))  # a heartbeat
+    assert look() == NOT_DUE and 0 < store._redis.pttl(KEYS["passed"] + "default") <= 2000
+
+
+def test_a_change_in_one_pool_wakes_no_agent_of_another(store: Store) -> None:
+    mine, other = store.doorbell("default"), store.doorbell("other")
+    assert not mine.wait(0.2) and not other.wait(0.2)
+    submit(store)
+    assert mine.wait(5) and not other.wait(0.05)
+    for doorbell in (mine, other):
+        doorbell.close()
 
 
 def test_concurrent_schedulers_never_give_a_slot_twice(store: Store, redis_url: str) -> None:
@@ -383,7 +473,9 @@ def test_a_waiting_job_says_what_it_needs_and_since_when(store: Store) -> None:
     store.reserve("default")
     reason = store.get_job(third).status_reason
     assert re.fullmatch(r"needs a slot with 2 ranks of pool default, 0 free since \d\d:\d\d UTC", reason)
-    store._redis.hset(KEYS["job"] + third, "status_reason", reason[:-9] + "01:02 UTC")
+    waits = KEYS["waits"] + "default"
+    (line,) = [line for line, why in store._redis.hgetall(waits).items() if why == reason]
+    store._redis.hset(waits, line, reason[:-9] + "01:02 UTC")
     store.reserve("default")
     assert store.get_job(third).status_reason.endswith("since 01:02 UTC")  # nothing changed since then
 
@@ -391,9 +483,9 @@ def test_a_waiting_job_says_what_it_needs_and_since_when(store: Store) -> None:
 def test_nothing_is_placed_or_given_up_until_every_lease_had_its_period(store: Store) -> None:
     store.register_node(node("a", 1, 1))
     running, waiting = submit(store), submit(store)
-    store._redis.hset(KEYS["job"] + waiting, "not_before", store._now() + 1000)
+    change(store, waiting, "not_before", store._now() + 1000)
     start(store, running)
-    store._redis.hdel(KEYS["job"] + waiting, "not_before")
+    change(store, waiting, "not_before", None)
     for jump in (-3600, 3600):  # Redis was away or frozen; or its clock went back
         store._redis.set(KEYS["tick"], store._now() + jump)
         store._redis.zadd(KEYS["leases"], {running: store._now() + jump})
@@ -420,7 +512,7 @@ def test_what_failed_twice_waits_before_it_is_tried_again(store: Store) -> None:
         if not expected:
             assert store.get_job(job_id).status_reason == "attempt 2: it died, tried again in 4 s"
             assert store.reserve("default") == 0
-    store._redis.hset(KEYS["job"] + job_id, "not_before", store._now() - 1)
+    change(store, job_id, "not_before", store._now() - 1)
     assert store.reserve("default") == 1
 
 
@@ -615,7 +707,7 @@ def test_a_redis_that_is_busy_with_a_script_is_away_for_all(store: Store, redis_
                 lambda: store.read_stream("job-1", "0-0", 1),  # a transaction
                 lambda: store.renew("job-1", 1),
                 lambda: Store(redis_url[:-1] + "1").list_nodes(),  # busy before it may choose its database
-                lambda: store.doorbell().wait(1.0),
+                lambda: store.doorbell("default").wait(1.0),
                 lambda: asyncio.run(follow()),
             ):
                 with pytest.raises(AWAY, match="BUSY"):
@@ -760,7 +852,7 @@ def test_a_node_without_the_runs_files_cannot_claim_it(store: Store) -> None:
     assert store.claim(store.outbox()[0], "boot", "one")
     store.lose(job_id, 1, 3, JobError(reason="exited", message="it died"), who="t")
     assert store.reserve("default") == 0  # but two machines of one name may take turns in saying what they have
-    store._redis.hdel(KEYS["job"] + job_id, "root")
+    change(store, job_id, "root", None)
     assert store.reserve("default") == 1
     store._redis.hset(KEYS["job"] + job_id, "root", "one")
     ticket = store.outbox()[-1]
@@ -773,7 +865,7 @@ def test_a_job_that_found_no_room_goes_where_there_may_be_some(store: Store) -> 
     assert store.reserve("default") == 1 and store.claim(store.outbox()[0], "boot", "one")
     store.lose(job_id, 1, 0, JobError(reason="disk_full", message="no room"), who="t")
     store.register_node(node("b", 1).model_copy(update={"runs_root": "two"}))
-    store._redis.hset(KEYS["job"] + job_id, "not_before", store._now() - 1)
+    change(store, job_id, "not_before", store._now() - 1)
     assert store.reserve("default") == 1
     assert store.get_job(job_id).nodes[0].node == "b"
     assert store.claim(store.outbox()[-1], "boot", "two")

@@ -34,5 +34,4 @@ if key ~= '' then
   redis.call('HSET', K.idempotency .. key, 'job', first.id, 'sha256', sha)
   redis.call('EXPIRE', K.idempotency .. key, 86400)
 end
-ring()
 return {'created', first.id}

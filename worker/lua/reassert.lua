@@ -21,7 +21,7 @@ redis.call('HSET', job, 'attempt', attempt, 'status', to, 'status_reason', why, 
   'claim:' .. attempt .. ':0', who)
 index_job(id)
 note(id, from or '', to, who, why)
-redis.call('ZREM', K.queue .. known.pool, id)
+leave_queue(known.pool, id)
 for _, allocation in ipairs(cjson.decode(known.nodes)) do
   redis.call('HSET', K.owners, allocation.slot, id)
   redis.call('ZADD', K.leases, time + lease, holder(id, allocation.node_rank))

@@ -4,5 +4,4 @@ local status, parent = unpack(redis.call('HMGET', K.job .. id, 'status', 'waits_
 if status ~= 'paused' then return redis.call('EXISTS', K.job .. id) == 1 and (status or '') end
 move(id, 'queued', who, parent and 'waits for ' .. parent or 'resumed')
 if not parent then enqueue(id) end
-ring()
 return 'queued'

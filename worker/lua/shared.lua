@@ -8,7 +8,12 @@ end
 
 local function stamp(time) return string.format('%.6f', time) end
 
-local function ring() redis.call('PUBLISH', K.doorbell, '') end
+-- Wakes the agents of a pool: there may be something to place.
+local function ring(pool)
+  if not pool then return end  -- of a damaged record
+  redis.call('SET', K.rung .. pool, '', 'EX', 10)  -- a pass follows within that time anyway
+  redis.call('PUBLISH', K.doorbell .. pool, '')
+end
 
 -- Who has a lease on a node's part in an attempt: the first node's is the attempt's own.
 local function holder(id, rank) return tonumber(rank) == 0 and id or id .. '/' .. rank end
@@ -125,12 +130,49 @@ local function note(id, from, to, who, why)
   if to == 'running' or to == 'paused' then redis.call('HDEL', job, 'recovering_at') end
 end
 
+-- ---- queues: K.queue has all waiting jobs of a pool in their order. Beside that each job stands in one line of those
+-- that need the same (its shape), in the same order, or in the line of those that must not start yet, by when they may.
+
+local LATER = 'later'
+
+local function line_key(pool, name) return K.line .. pool .. '|' .. name end
+
+-- What the jobs of a line need.
+local function job_of_line(name)
+  local nodes, ranks, device, root = string.match(name, '^(%d+)|(%d+)|(%w+)|(.*)$')
+  return {nodes = tonumber(nodes), ranks = tonumber(ranks), device = device, root = root}
+end
+
+-- Puts a job of a queue in the line where it belongs now → the line's name; nil if it has no record or is not queued.
+local function join_line(pool, id)
+  local job, score = K.job .. id, redis.call('ZSCORE', K.queue .. pool, id)
+  local nodes, ranks, device, root, not_before, stands = unpack(redis.call('HMGET', job,
+    'wanted_nodes', 'wanted_ranks', 'wanted_device', 'root', 'not_before', 'line'))
+  if not nodes or not score then return nil end
+  local name = table.concat({nodes, ranks, device, root or ''}, '|')
+  if tonumber(not_before or 0) > now() then name, score = LATER, not_before end
+  if stands and stands ~= name then redis.call('ZREM', line_key(pool, stands), id) end
+  if stands ~= name then redis.call('HSET', job, 'line', name) end
+  redis.call('ZADD', line_key(pool, name), score, id)
+  if name ~= LATER then redis.call('SADD', K.lines .. pool, name) end
+  return name
+end
+
+-- Takes a job out of a pool's queue and its line.
+local function leave_queue(pool, id)
+  redis.call('ZREM', K.queue .. pool, id)
+  local name = redis.call('HGET', K.job .. id, 'line')
+  if name then redis.call('ZREM', line_key(pool, name), id) end
+end
+
 -- Puts a job into its pool's queue: higher priority first, then lower number.
 local function enqueue(id)
   local pool, priority, number = unpack(redis.call('HMGET', K.job .. id, 'pool', 'priority', 'number'))
   local place = (tonumber(number) or number_of(id)) - (tonumber(priority) or 0) * 2 ^ 40
   redis.call('ZADD', K.queue .. (pool or 'default'), place, id)
   redis.call('HSET', K.job .. id, 'queued_at', stamp(now()))
+  join_line(pool, id)
+  ring(pool)
 end
 
 -- Keeps a job out of its queue until another has ended.
@@ -206,6 +248,6 @@ local function conclude(id, to, who, why)
   release(id)
   redis.call('HDEL', job, 'desired', 'eta_seconds', 'phase', 'rendezvous', 'broken')
   if to == 'queued' or to == 'recovering' then enqueue(id) end
-  ring()
+  ring(redis.call('HGET', job, 'pool'))  -- slots are free
   return to
 end

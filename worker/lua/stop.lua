@@ -14,9 +14,11 @@ end
 local may_run = ALLOWED[status] or redis.call('ZSCORE', K.leases, id)
 if may_run and move(id, ending, who, word .. ' requested') then
   redis.call('HSET', job, 'desired', word)
-  ring()
   return ending
 end
-for _, name in ipairs(pool and {pool} or redis.call('SMEMBERS', K.pools)) do redis.call('ZREM', K.queue .. name, id) end
+for _, name in ipairs(pool and {pool} or redis.call('SMEMBERS', K.pools)) do
+  leave_queue(name, id)
+  ring(name)  -- others may have waited for it to start
+end
 move(id, ended, who, status == 'queued' and attempt == '0' and early or word .. ' requested')
 return ended
