@@ -1,7 +1,8 @@
 """Text to token shards.
 
 Documents are parted by the tokenizer's `eot`, which stands before each. A document goes to
-validation by the hash of its name: the splits share none, and adding a file moves no other.
+validation by the hash of its text: the splits share none, and adding a file moves no other. Documents without text are
+left out.
 Interrupted work goes on where it stopped: the state names the documents done and how much of each
 open shard is theirs.
 """
@@ -36,6 +37,8 @@ from gptcore.sources import Document, Source, hub_files, python_stdlib
 from gptcore.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 4_000_000  # tokenized between two saves of the state
+LEAST_TOKENS = 9  # of a split: a window of the shortest context, and the token that it predicts last
+BYTES = 'tokens of "bytes"; remove it, or use another tokenizer'
 NOTHING = Split(tokens=0, bytes=0, documents=0, shards=[])
 Progress = Callable[[int, int], None]  # documents done, tokens so far
 
@@ -120,12 +123,15 @@ def prepare(
     settings = {
         "source": f"{source.fingerprint} {source.description}", "tokenizer": tokenizer_name,
         "val_fraction": val_fraction, "max_tokens": max_tokens, "shard_tokens": shard_tokens,
+        "split_by": "text",
     }  # fmt: skip
     root.mkdir(parents=True, exist_ok=True)
     with exclusive(root / f".{name}.lock"):  # of two that prepare the same dataset the second finds it made
         final, folder = root / name, root / f".{name}.preparing"
         made, as_before = final / "settings.json", settings | {"source": source.fingerprint}  # until November 2026
-        known = made.is_file() and json.loads(made.read_text("utf-8")) in (settings, as_before)
+        # and what versions made that split by name: a dataset that exists is kept
+        as_made = [{k: v for k, v in s.items() if k != "split_by"} for s in (settings, as_before)]
+        known = made.is_file() and json.loads(made.read_text("utf-8")) in (settings, *as_made)
         if known and (done := read_dataset(root, name)):
             return done
         if final.exists():
@@ -133,9 +139,10 @@ def prepare(
         tokenizer = load_tokenizer(tokenizer_name)
         splits = _write(folder, source, tokenizer, settings, progress)
         for split, found in splits.items():
-            if found.tokens < 2:
+            if found.tokens < LEAST_TOKENS:
                 raise ValueError(
-                    f"dataset {name}: no tokens for {split} from {source.description} "
+                    f"dataset {name}: {found.tokens or 'no'} tokens for {split}, of {LEAST_TOKENS} needed, "
+                    f"from {source.description} "
                     f"({sum(s.documents for s in splits.values())} documents); give more text or another val_fraction"
                 )
         dataset = _described(name, tokenizer, source.description, splits)
@@ -235,7 +242,11 @@ def _write(
             for document, encoded in zip(batch, _encode_all(tokenizer, batch), strict=True):
                 tokens = encoded[:room]  # the last document is cut, so that max_tokens is exact
                 room = room and room - len(tokens)
-                split = "val" if _share(document.name) < settings["val_fraction"] else "train"
+                if not document.text:  # a row without text: a bare separator would teach nothing
+                    continue
+                if "\0" in document.text and tokenizer.eot == 0:
+                    raise ValueError(f"{document.name} holds a NUL character, which separates documents in {BYTES}")
+                split = "val" if _share(document.text) < settings["val_fraction"] else "train"
                 writers[split].append(tokens, int(lengths[tokens].sum()))
                 if room == 0:
                     break
@@ -271,9 +282,9 @@ def _batches(documents: Iterable[Document], characters: int) -> Iterator[list[Do
         yield batch
 
 
-def _share(name: str) -> float:
-    """A document's place in [0, 1), from its name alone."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
+def _share(text: str) -> float:
+    """Return a document's place in [0, 1), from its text alone: equal documents land in one split."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
 
 
 def _saved_state(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any
+from typing import IO, Any, cast
 
 UTF8 = "utf-8-sig"  # with a mark in front or without
+SEPARATOR_LINE = re.compile(r"(?:^|(?<=\n))<\|endoftext\|>(?:\r?\n|$)")
 FEW_TEXTS = 20
 PIECES = 128  # few texts are cut to about so many each, at line ends, or validation would have whole texts or nothing
 LEAST_PIECE, LARGEST_PIECE = 1024, 16_384  # characters
@@ -43,17 +45,24 @@ def local_files(format: str, paths: list[Path], field: str) -> Source:
 
 
 def text_files(paths: list[Path]) -> Source:
-    """Plain text. A file is a document; fewer than 20 files are cut to pieces at line ends.
+    """Plain text, or packed by gzip. A file is a document; fewer than 20 files are cut to pieces at line ends.
+
+    A line `<|endoftext|>` ends a document. Line ends stay as they are.
 
     Raises FileNotFoundError naming what is not there.
     """
-    files = _files(paths, "*.txt")
+    files = _files(paths, "*.txt", "*.txt.gz")
 
     def read(path: Path) -> Iterator[Document]:
-        text = path.read_text(encoding=UTF8)
+        with _open_text(path) as file:
+            text = file.read()
         if "\0" in text:  # UTF-16 in disguise
             raise ValueError(f"{path} holds NUL characters, as text in UTF-16 does; convert it first")
-        yield from [Document(files[path], text)] if len(files) >= FEW_TEXTS else _pieces(files[path], text)
+        name, parts = files[path], SEPARATOR_LINE.split(text)
+        if len(parts) > 1:
+            yield from (Document(f"{name}#{number}", part) for number, part in enumerate(parts))
+        else:
+            yield from [Document(name, text)] if len(files) >= FEW_TEXTS else _pieces(name, text)
 
     return Source(f"text: {_names(paths)}", _fingerprint(files), partial(_one_by_one, files, read))
 
@@ -63,7 +72,7 @@ def jsonl_files(paths: list[Path], field: str) -> Source:
     files = _files(paths, "*.jsonl", "*.jsonl.gz")
 
     def read(path: Path) -> Iterator[Document]:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding=UTF8) as lines:
+        with _open_text(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield Document(f"{files[path]}:{number}", _field(path, number, line, field))
@@ -123,6 +132,14 @@ def _named(path: Path, documents: Iterator[Document]) -> Iterator[Document]:
         yield from documents
     except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text: {error}; unpack or convert it first") from error
+
+
+def _open_text(path: Path) -> IO[str]:
+    """Open a text file, packed by gzip or not, with its line ends kept."""
+    if path.suffix == ".zst":
+        raise ValueError(f"{path} is packed by zstd, which is not read here; unpack it (zstd -d) or use gzip")
+    opener = gzip.open if path.suffix == ".gz" else open
+    return cast(IO[str], opener(path, "rt", encoding=UTF8, newline=""))
 
 
 def _from_tables(

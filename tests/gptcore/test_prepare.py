@@ -134,7 +134,9 @@ def test_an_equal_dataset_is_not_made_again(tmp_path: Path) -> None:
 def test_a_dataset_that_an_older_version_made_is_kept(tmp_path: Path) -> None:
     first = prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3)
     settings = tmp_path / "d" / "settings.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"source": "v1"}))
+    settings.write_text(
+        json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "split_by"} | {"source": "v1"})
+    )
     assert prepare(tmp_path, "d", made_up(), "bytes", val_fraction=0.3) == first
 
 
@@ -256,6 +258,36 @@ def test_a_mark_in_front_is_no_text(tmp_path: Path) -> None:
     assert [document.text for document in text_files([tmp_path / "my.txt"]).read(0)] == ["text"]
     found = [(document.name, document.text) for document in jsonl_files([tmp_path / "rows.jsonl"], "text").read(0)]
     assert found == [("rows.jsonl:1", "text"), ("rows.jsonl:3", "")]
+
+
+def test_lines_of_the_special_token_part_documents_of_a_text_packed_or_not(tmp_path: Path) -> None:
+    text = "one <|endoftext|>\r\n<|endoftext|>\r\ntwo\n\n<|endoftext|>\nthree\n<|endoftext|>"
+    (tmp_path / "my.txt").write_bytes(text.encode())
+    (tmp_path / "my.txt.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("my.txt", "my.txt.gz"):
+        found = [document.text for document in text_files([tmp_path / name]).read(0)]
+        assert found == ["one <|endoftext|>\r\n", "two\n\n", "three\n", ""]
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"packed")
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.zst is packed by zstd"):
+        list(jsonl_files([tmp_path / "rows.jsonl.zst"], "text").read(0))
+
+
+def test_equal_documents_share_a_split_and_rows_without_text_are_left_out(tmp_path: Path) -> None:
+    rows = [{"text": None}, *({"text": f"row number {i % 20}"} for i in range(100))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = prepare(tmp_path, "d", jsonl_files([tmp_path / "rows.jsonl"], "text"), "bytes", val_fraction=0.3)
+    texts = {s: set(bytes(tokens_of(tmp_path, made, s).tolist()).split(b"\0")[1:]) for s in ("train", "val")}
+    assert texts["train"] and texts["val"] and not texts["train"] & texts["val"] and b"" not in texts["train"]
+    assert made.train.documents + made.val.documents == 100
+
+
+def test_a_nul_in_a_row_and_a_tiny_split_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a\0b" * 9}) + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1 holds a NUL character"):
+        prepare(tmp_path, "d", jsonl_files([tmp_path / "rows.jsonl"], "text"), "bytes")
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(5)))
+    with pytest.raises(ValueError, match=r"\d tokens for (val|train), of 9 needed"):
+        prepare(tmp_path, "e", jsonl_files([tmp_path / "few.jsonl"], "text"), "bytes", val_fraction=0.5)
 
 
 @pytest.mark.parametrize(("values", "kind"), [([b"caf\xc3"], "binary"), ([["a"]], "list"), ([1], "int64")])
