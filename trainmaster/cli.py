@@ -261,10 +261,15 @@ def show(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def watch(job: JobId, url: Url = None, as_json: AsJson = False) -> None:
+def watch(
+    job: JobId,
+    url: Url = None,
+    as_json: AsJson = False,
+    replay: Annotated[bool, typer.Option(help="begin with the job's first event, not with its newest ones")] = False,
+) -> None:
     """Follow a job, and what follows it, to the end. Exit code 0 when all succeeded. --json prints the job's own
     events, one a line."""
-    raise typer.Exit(_watch(_client(url), job, as_json))
+    raise typer.Exit(_watch(_client(url), job, as_json, replay))
 
 
 @app.command()
@@ -439,11 +444,11 @@ def _plan_here(data: dict[str, Any]) -> dict[str, Any]:
     return {"spec": spec.model_dump(mode="json"), "plan": planned.model_dump(mode="json")}
 
 
-def _watch(client: Client, job_id: str, as_json: bool) -> int:
+def _watch(client: Client, job_id: str, as_json: bool, replay: bool = False) -> int:
     """Follow a job to its end, and in words also the jobs about it → exit code."""
-    from trainmaster.watch import INTERRUPTED, follow
+    from trainmaster.watch import CONTEXT_EVENTS, INTERRUPTED, follow
 
-    events = client.events(job_id)
+    events = client.events(job_id, last=None if replay else CONTEXT_EVENTS)
     try:
         if as_json:
             for event in events:
@@ -461,7 +466,7 @@ def _watch(client: Client, job_id: str, as_json: bool) -> int:
     about_it = [] if as_json else client.jobs(parent_job_id=job_id, limit=100)["data"]
     code = 0
     for one in reversed(about_it):
-        code = max(code, _watch(client, one["id"], as_json))
+        code = max(code, _watch(client, one["id"], as_json, replay))
         if code == INTERRUPTED:
             break
     return code

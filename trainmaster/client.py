@@ -127,12 +127,14 @@ class Client:
         """Several runs on one axis (`by`: step, tokens, seconds), what differs in their specs, and where they part."""
         return self._call("GET", "/compare", params={"job": list(job_ids), **query})
 
-    def events(self, job_id: str, after: str | None = None) -> Iterator[Json]:
-        """Every event of a job, live, until the job has ended; `after` is the id of the last one known.
+    def events(self, job_id: str, after: str | None = None, last: int | None = None) -> Iterator[Json]:
+        """Yield every event of a job, live, until the job has ended; `after` is the id of the last one known.
 
-        Reconnects where it left off: no event is missed or seen twice.
+        Without `after`, `last` (1 to 1000) begins with this many of the newest events. Reconnects where it left off:
+        no event is missed or seen twice.
         """
-        return (json.loads(data) for data in self._follow(f"{_job(job_id)}/events", after))
+        path = f"{_job(job_id)}/events" + (f"?last={last}" if last is not None else "")
+        return (json.loads(data) for data in self._follow(path, after))
 
     def log(self, job_id: str) -> Iterator[str]:
         """What a job's trainers print, from the newest attempt's last MiB on, until the job has ended."""

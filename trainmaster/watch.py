@@ -14,6 +14,8 @@ from gptcore.events import EVENT
 from worker import progress
 
 Event = Mapping[str, Any]
+CONTEXT_EVENTS = 200  # shown before what comes: a long run's events take hundreds of megabytes
+KNOWN = ("step", "phase", "train_loss", "tokens_per_second", "eta_seconds")  # fields of a job that a follower has too
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
@@ -66,6 +68,7 @@ class Follower:
 def follow(events: Iterable[Event], job: Event, console: Console) -> None:
     """Show a job's events until they end: a bar in a terminal, else a line an evaluation."""
     follower = Follower(job["total_steps"])
+    follower.fields |= {name: job[name] for name in KNOWN if job.get(name) is not None}
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}")
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
         bar = bars.add_task(escape(job["name"]), total=job["total_steps"], numbers="")

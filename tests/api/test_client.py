@@ -132,3 +132,10 @@ def test_the_url_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, set
     monkeypatch.setenv("TRAINMASTER_URL", "http://127.0.0.1:4711/")
     with Client() as client:
         assert client.url == "http://127.0.0.1:4711"
+
+
+def test_watching_a_long_run_begins_with_its_newest_events(client: Client, run: FakeRun) -> None:
+    run.write(*(step(number) for number in range(1, 301)))
+    run.end()
+    seen = [event["seq"] for event in client.events(run.id, last=200) if event["type"] == "step"]
+    assert seen == list(range(101, 301))
