@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
+from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 from starlette.staticfiles import StaticFiles
 
 from api import compare, files, problems
@@ -28,6 +29,8 @@ from worker.schema import Schema, SchemaTooNew
 from worker.settings import Settings
 from worker.store import Store
 
+COMPRESSION = 4  # of 9: half the time of the highest for some percent more bytes
+UNCOMPRESSED = (*DEFAULT_EXCLUDED_CONTENT_TYPES, "application/octet-stream")
 GRACE_SECONDS = 5  # for requests under way; streams are ended at once
 
 log = logging.getLogger(__name__)
@@ -75,6 +78,8 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
         middleware=[
             Middleware(Observed, monitor=monitor),
             Middleware(Guard, hosts=hosts, keys=keys, open_without_keys=is_open),
+            # event streams and parts of files are passed on as they are; so are files of a run, which are large
+            Middleware(GZipMiddleware, compresslevel=COMPRESSION, exclude_content_types=UNCOMPRESSED),
         ],
     )  # fmt: skip
     app.state.services = Services(settings, store, keys, hub, monitor, RunCache(settings.runs))

@@ -11,7 +11,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 from starlette.concurrency import run_in_threadpool
 
 from api.bodies import BoundedRoute
@@ -20,7 +20,7 @@ from api.monitoring import Monitor
 from api.planning import Planned
 from api.problems import ProblemDetails, Refusal
 from api.repeat import EXAMPLES, Submission, plan_of
-from api.series import EVENT_TYPES, Key, Metrics, ResultKey, RunCache, csv_header, csv_rows
+from api.series import EVENT_TYPES, Key, Metrics, ResultKey, RunCache, Sparkline, csv_header, csv_rows
 from api.stream import LOG_TAIL_BYTES, event_stream, log_stream, logs_of
 from gptcore.dataset import BUILTIN, list_datasets
 from gptcore.events import Event
@@ -78,6 +78,8 @@ Who = Annotated[str, Depends(_who)]
 Owner = Annotated[str, Depends(_owner)]
 Sent = Annotated[Submission, Body(openapi_examples=EXAMPLES)]
 _ID = r"^[0-9]{1,9}-[0-9]{1,15}(\.[0-9]{1,9})?$"
+_JOB_ID = r"^job-[0-9a-z]{12}$"
+_SPARKLINES = TypeAdapter(dict[str, Sparkline])
 
 
 def _after(
@@ -158,7 +160,7 @@ def plan(submission: Sent, services: With) -> Planned:
     return plan_of(submission, services.settings, services.store)
 
 
-@router.get("/jobs", tags=["jobs"])
+@router.get("/jobs", response_model=JobPage, tags=["jobs"])
 def jobs(
     services: With,
     status: Status | None = None,
@@ -169,10 +171,30 @@ def jobs(
     parent_job_id: Annotated[str | None, Query(description="only jobs about this one: evaluations, publishing")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(description="a page's `next`")] = None,
-) -> JobPage:
+    view: Annotated[Literal["full", "summary"], Query(description="summary: without `spec` and `plan`")] = "full",
+) -> JobPage | Response:
     """Jobs, newest first. A page may hold fewer than `limit`, or none, and still have more behind its `next`."""
     filters = {"status": status, "kind": kind, "label": label, "name": name, "owner": owner}
-    return services.store.list_jobs(**filters, parent_job_id=parent_job_id, limit=limit, after=after)
+    page = services.store.list_jobs(**filters, parent_job_id=parent_job_id, limit=limit, after=after)
+    if view == "full":
+        return page
+    text = page.model_dump_json(exclude={"data": {"__all__": {"spec", "plan"}}})
+    return Response(text, media_type="application/json")
+
+
+@router.get("/sparklines", response_model=dict[str, Sparkline], tags=["runs"])
+async def sparklines(
+    services: With,
+    job: Annotated[list[Annotated[str, Query(pattern=_JOB_ID)]], Query(min_length=1, max_length=100)],
+) -> Response:
+    """Return the losses of several runs in at most 80 points per curve, by job id: for lists. Both curves are empty for
+    a job that has reported no loss, or that does not exist."""
+
+    def read() -> Response:
+        found = {one: services.run(one).sparkline() for one in job}
+        return Response(_SPARKLINES.dump_json(found), media_type="application/json")
+
+    return await services.read(read)
 
 
 @router.get("/jobs/{job_id}", tags=["jobs"])

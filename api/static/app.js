@@ -125,16 +125,17 @@ class Row {
     for (const cell of [this.speed, this.left, this.loss]) cell.classList.toggle("none", cell.textContent === "–" || !cell.textContent);
   }
 
-  async drawCurve(job) {
-    const now = `${job.step} ${job.status}`;
-    if (this.seen === now || job.kind !== "train") return;
-    const { series } = await ask(path(this.id, "/metrics?keys=train_loss&keys=val_loss&max_points=80"));
-    const [train, val] = [Curve.from(series.train_loss), Curve.from(series.val_loss)];
+  needsCurve(job) {
+    return job.kind === "train" && this.seen !== `${job.step} ${job.status}`;
+  }
+
+  drawCurve(job, sparkline) {
+    const [train, val] = [Curve.from(sparkline.train_loss), Curve.from(sparkline.val_loss)];
     drawSparkline(this.spark, train);
     const best = job.best_checkpoint ? element("span", "quiet", ` val ${loss(job.best_checkpoint.val_loss)}`) : "";
     this.loss.replaceChildren(loss(train.last ?? val.last), best);
     this.loss.classList.toggle("none", train.last == null);
-    this.seen = now;
+    this.seen = `${job.step} ${job.status}`;
   }
 }
 
@@ -158,14 +159,20 @@ async function refreshList() {
   byId("runs").hidden = !jobs.length;
   byId("empty").hidden = jobs.length > 0;
   byId("older").hidden = !more;
-  await Promise.all(jobs.map((job) => list.rows.get(job.id).drawCurve(job)));
+  const changed = jobs.filter((job) => list.rows.get(job.id).needsCurve(job));
+  for (let at = 0; at < changed.length; at += 100) await drawCurves(changed.slice(at, at + 100));
+}
+
+async function drawCurves(jobs) {
+  const sparklines = await ask(`/sparklines?job=${jobs.map((job) => job.id).join("&job=")}`);
+  for (const job of jobs) list.rows.get(job.id)?.drawCurve(job, sparklines[job.id]);
 }
 
 async function recentJobs(pages) {
   const jobs = [];
   let after = "";
   for (let page = 0; page < pages; page++) {
-    const answer = await ask(`/jobs?limit=50${after}`);
+    const answer = await ask(`/jobs?view=summary&limit=50${after}`);
     jobs.push(...answer.data);
     if (!answer.has_more) return [jobs, false];
     after = `&after=${encodeURIComponent(answer.next)}`;
@@ -262,7 +269,7 @@ class RunView {
 
   async refresh() {
     const job = await ask(path(this.id));
-    const aboutIt = job.kind === "train" ? (await ask(`/jobs?limit=100&parent_job_id=${job.id}`)).data : [];
+    const aboutIt = job.kind === "train" ? (await ask(`/jobs?view=summary&limit=100&parent_job_id=${job.id}`)).data : [];
     if (view !== this) return;
     const before = this.job?.status;
     this.job = job;

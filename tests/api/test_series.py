@@ -122,6 +122,19 @@ def test_a_curve_is_bounded_unless_it_is_a_table(http: httpx2.Client, run: FakeR
     assert http.get(f"/jobs/{run.id}/metrics", params={"max_points": 100_001}).status_code == 422
 
 
+def test_a_list_gets_its_curves_and_jobs_in_short(http: httpx2.Client, run: FakeRun) -> None:
+    run.write(*(step(number, 1 / number) for number in range(1, 300)), evaluated(200, 2.0), ship=False)
+    query = {"job": [run.id, "job-000000000000"]}
+    answer = http.get("/sparklines", params=query)
+    assert answer.headers["content-encoding"] == "gzip"
+    found, none = (answer.json()[job_id] for job_id in query["job"])
+    assert len(found["train_loss"]["step"]) <= 80 and found["train_loss"]["step"][-1] == 299
+    assert found["val_loss"] == {"step": [200], "value": [2.0]} and none["train_loss"]["step"] == []
+    assert http.get("/sparklines", params={"job": "../secret"}).status_code == 422
+    (short,), (full,) = (http.get("/jobs", params={"view": view}).json()["data"] for view in ("summary", "full"))
+    assert short.items() < full.items() and full.keys() - short.keys() == {"spec", "plan"}
+
+
 def test_a_job_that_has_not_begun_has_empty_curves(http: httpx2.Client, run: FakeRun) -> None:
     assert curves(http, run)["train_loss"] == {"step": [], "value": []}
 

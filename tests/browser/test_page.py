@@ -87,7 +87,7 @@ def test_a_curve_of_the_list_that_did_not_come_is_asked_for_again(
 ) -> None:
     complaints.expected = "Failed to load resource: net::"
     feed(run, 1, 5)
-    page.route("**/metrics?*", lambda route: route.abort(), times=1)
+    page.route("**/sparklines?*", lambda route: route.abort(), times=1)
     page.goto(server.url)
     expect(page.locator("#connection")).to_contain_text("does not answer")
     expect(page.locator("#runs polyline")).to_have_count(1)
