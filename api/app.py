@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 from api import compare, files, problems
 from api.connections import BACKLOG, PatientProtocol
@@ -86,7 +87,7 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
     app.include_router(files.router)
     app.include_router(compare.router)
     app.include_router(router, max_body_size=MAX_BODY_BYTES)  # of bodies that do not say their length
-    app.mount("/static", StaticFiles(directory=STATIC))
+    app.mount("/static", PageFiles(directory=STATIC))
     return app
 
 
@@ -101,6 +102,14 @@ async def _prepare_redis(url: str) -> None:
             except SchemaTooNew as error:
                 log.error("%s", error)
                 return signal.raise_signal(signal.SIGTERM)
+
+
+class PageFiles(StaticFiles):
+    """The page's small files, always whole: Starlette answers a malformed Range in plain text."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [header for header in scope["headers"] if header[0] != b"range"]
+        await super().__call__({**scope, "headers": headers}, receive, send)
 
 
 class Server(uvicorn.Server):

@@ -265,6 +265,12 @@ def test_the_page_runs_nothing_from_elsewhere_and_is_framed_by_nobody(http: http
     assert answer.headers["cache-control"] == script.headers["cache-control"] == "no-cache"
 
 
+def test_a_file_of_the_page_is_sent_whole_whatever_range_is_asked_for(http: httpx2.Client) -> None:
+    for bad in ("bytes=9-1", "bytes=0-3", "lines=1"):
+        answer = http.get("/static/app.js", headers={"Range": bad})
+        assert answer.status_code == 200 and len(answer.content) > 1000, bad
+
+
 def test_with_redis_away_the_answer_says_so_and_names_no_password(settings: Settings) -> None:
     url = f"redis://:secret@127.0.0.1:{free_port()}/0"
     with Server(replace(settings, redis_url=url)) as server:
