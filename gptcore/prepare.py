@@ -68,9 +68,9 @@ class SplitWriter:
         file.seek(size)
         return file
 
-    def append(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """One document's tokens (n,) uint16; cut where a shard is full."""
-        self.documents += 1
+    def append(self, tokens: np.ndarray, text_bytes: int, begins: bool = True) -> None:
+        """Write tokens (n,) uint16 over as many shards as they need. begins: they start a document."""
+        self.documents += begins
         self.tokens += len(tokens)
         self.bytes += text_bytes
         while len(tokens):
@@ -230,7 +230,7 @@ def _write(
 ) -> dict[str, Split]:
     state = _saved_state(folder, settings)
     shard_tokens, max_tokens = settings["shard_tokens"], settings["max_tokens"]
-    documents = state.get("documents", 0)
+    documents, last_split = state.get("documents", 0), state.get("last_split", "train")
     written = {s: Split.model_validate(state.get(s, NOTHING)) for s in ("train", "val")}
     writers = {s: SplitWriter(folder, s, shard_tokens, split) for s, split in written.items()}
     lengths = tokenizer.token_bytes()
@@ -240,19 +240,24 @@ def _write(
             if room is not None and room <= 0:
                 break
             for document, encoded in zip(batch, _encode_all(tokenizer, batch), strict=True):
-                tokens = encoded[:room]  # the last document is cut, so that max_tokens is exact
-                room = room and room - len(tokens)
                 if not document.text:  # a row without text: a bare separator would teach nothing
                     continue
                 if "\0" in document.text and tokenizer.eot == 0:
                     raise ValueError(f"{document.name} holds a NUL character, which separates documents in {BYTES}")
                 split = "val" if _share(document.text) < settings["val_fraction"] else "train"
-                writers[split].append(tokens, int(lengths[tokens].sum()))
+                if document.continues and not document.divides:
+                    split = last_split
+                follows = document.continues and split == last_split
+                last_split = split
+                # no separator where a document was only cut for size; the last is cut, so that max_tokens is exact
+                tokens = encoded[int(follows) :][:room]
+                room = room and room - len(tokens)
+                writers[split].append(tokens, int(lengths[tokens].sum()), begins=not follows)
                 if room == 0:
                     break
             documents += len(batch)
             saved = {s: writer.split().model_dump() for s, writer in writers.items()}
-            saved |= {"settings": settings, "documents": documents}
+            saved |= {"settings": settings, "documents": documents, "last_split": last_split}
             write_atomically(folder / "state.json", json.dumps(saved))
             progress(documents, sum(w.tokens for w in writers.values()))
         return {split: writer.finish() for split, writer in writers.items()}

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,16 +15,19 @@ from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
 UTF8 = "utf-8-sig"  # with a mark in front or without
-SEPARATOR_LINE = re.compile(r"(?:^|(?<=\n))<\|endoftext\|>(?:\r?\n|$)")
+SEPARATOR = "<|endoftext|>"  # a line of a text file
 FEW_TEXTS = 20
-PIECES = 128  # few texts are cut to about so many each, at line ends, or validation would have whole texts or nothing
+PIECES = 128  # few texts are cut into about this many each, or validation would have whole texts or nothing
 LEAST_PIECE, LARGEST_PIECE = 1024, 16_384  # characters
+LARGEST_DOCUMENT_PIECE = 1_000_000  # characters of a document that is read at once
 
 
 @dataclass(frozen=True)
 class Document:
-    name: str  # decides the split, so it is the same wherever the files lie
+    name: str
     text: str
+    continues: bool = False  # a further piece of the document before it, which was cut for its size
+    divides: bool = True  # such a piece may go to another split than the one before it
 
 
 @dataclass(frozen=True)
@@ -45,24 +47,16 @@ def local_files(format: str, paths: list[Path], field: str) -> Source:
 
 
 def text_files(paths: list[Path]) -> Source:
-    """Plain text, or packed by gzip. A file is a document; fewer than 20 files are cut to pieces at line ends.
+    """Return plain text, packed by gzip or not. A file is a document; a line `<|endoftext|>` ends one within it.
 
-    A line `<|endoftext|>` ends a document. Line ends stay as they are.
+    Fewer than 20 files are cut into pieces at line ends, which may go to different splits. Line ends are kept.
 
     Raises FileNotFoundError naming what is not there.
     """
     files = _files(paths, "*.txt", "*.txt.gz")
 
     def read(path: Path) -> Iterator[Document]:
-        with _open_text(path) as file:
-            text = file.read()
-        if "\0" in text:  # UTF-16 in disguise
-            raise ValueError(f"{path} holds NUL characters, as text in UTF-16 does; convert it first")
-        name, parts = files[path], SEPARATOR_LINE.split(text)
-        if len(parts) > 1:
-            yield from (Document(f"{name}#{number}", part) for number, part in enumerate(parts))
-        else:
-            yield from [Document(name, text)] if len(files) >= FEW_TEXTS else _pieces(name, text)
+        return _documents(path, files[path], few=len(files) < FEW_TEXTS)
 
     return Source(f"text: {_names(paths)}", _fingerprint(files), partial(_one_by_one, files, read))
 
@@ -176,15 +170,52 @@ def _rows(table: Any, field: str, skip: int) -> Iterator[tuple[int, str]]:
         first += rows
 
 
-def _pieces(name: str, text: str) -> Iterator[Document]:
-    start, size = 0, min(LARGEST_PIECE, max(LEAST_PIECE, len(text) // PIECES))
-    while start < len(text):
-        end = min(len(text), start + size)
-        if end < len(text):
-            line_end = text.rfind("\n", start, end)
-            end = line_end + 1 if line_end > start else end
-        yield Document(f"{name}@{start}", text[start:end])
-        start = end
+def _documents(path: Path, name: str, few: bool) -> Iterator[Document]:
+    """Yield a text file's documents in pieces, so that no file is read whole.
+
+    few: a file without separator lines gives pieces to both splits. Otherwise a document's pieces stay together.
+    """
+    characters = _characters_of_one_document(path) if few else None
+    divides = characters is not None
+    size = LARGEST_DOCUMENT_PIECE if characters is None else min(LARGEST_PIECE, max(LEAST_PIECE, characters // PIECES))
+    held, length, offset, continues = list[str](), 0, 0, False
+    for line, starts_line in _lines(path):
+        is_separator = starts_line and line.rstrip("\r\n") == SEPARATOR
+        full = length >= size and (starts_line or length >= 2 * size)  # within a line only if that is very long
+        if held and (is_separator or full):
+            yield Document(f"{name}@{offset}", "".join(held), continues, divides)
+            held, length, offset, continues = [], 0, offset + length, True
+        if is_separator:
+            offset, continues = offset + len(line), False
+        else:
+            held.append(line)
+            length += len(line)
+    if held:
+        yield Document(f"{name}@{offset}", "".join(held), continues, divides)
+
+
+def _characters_of_one_document(path: Path) -> int | None:
+    """Return the length of a text file; None if a separator line is in it."""
+    characters = 0
+    for line, starts_line in _lines(path):
+        if starts_line and line.rstrip("\r\n") == SEPARATOR:
+            return None
+        characters += len(line)
+    return characters
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the lines of a text file, a long one in parts, and whether each starts a line.
+
+    Raises ValueError if the file holds NUL characters.
+    """
+    with _open_text(path) as file:
+        starts_line = True
+        while line := file.readline(LEAST_PIECE):
+            if "\0" in line:
+                raise ValueError(f"{path} holds NUL characters, as text in UTF-16 does; convert it first")
+            yield line, starts_line
+            starts_line = line.endswith(("\n", "\r"))
 
 
 def _field(path: Path, number: int, line: str, field: str) -> str:

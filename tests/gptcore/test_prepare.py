@@ -266,7 +266,7 @@ def test_lines_of_the_special_token_part_documents_of_a_text_packed_or_not(tmp_p
     (tmp_path / "my.txt.gz").write_bytes(gzip.compress(text.encode()))
     for name in ("my.txt", "my.txt.gz"):
         found = [document.text for document in text_files([tmp_path / name]).read(0)]
-        assert found == ["one <|endoftext|>\r\n", "two\n\n", "three\n", ""]
+        assert found == ["one <|endoftext|>\r\n", "two\n\n", "three\n"]
     (tmp_path / "rows.jsonl.zst").write_bytes(b"packed")
     with pytest.raises(ValueError, match=r"rows\.jsonl\.zst is packed by zstd"):
         list(jsonl_files([tmp_path / "rows.jsonl.zst"], "text").read(0))
@@ -288,6 +288,37 @@ def test_a_nul_in_a_row_and_a_tiny_split_are_refused(tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(5)))
     with pytest.raises(ValueError, match=r"\d tokens for (val|train), of 9 needed"):
         prepare(tmp_path, "e", jsonl_files([tmp_path / "few.jsonl"], "text"), "bytes", val_fraction=0.5)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_a_cut_for_size_puts_a_separator_only_where_the_split_changes(tmp_path: Path, tokenizer: str) -> None:
+    (tmp_path / "my.txt").write_text("\n".join(f"line {i} {WORDS}" for i in range(5000)))
+    made = prepare(tmp_path, "d", text_files([tmp_path / "my.txt"]), tokenizer, val_fraction=0.05)
+    eot = load_tokenizer(tokenizer).eot
+    separators = {s: int((tokens_of(tmp_path, made, s) == eot).sum()) for s in ("train", "val")}
+    assert separators == {s: getattr(made, s).documents for s in separators}
+    assert 2 <= sum(separators.values()) < 40 < len(list(text_files([tmp_path / "my.txt"]).read(0)))
+
+
+def test_a_long_document_is_read_in_pieces_and_stays_in_one_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptcore.sources.LARGEST_DOCUMENT_PIECE", 100)
+    texts = [f"document {i} " + "x" * 200 * i for i in range(20)]
+    (tmp_path / "my.txt").write_text("\n<|endoftext|>\n".join(texts))
+    assert max(len(d.text) for d in text_files([tmp_path / "my.txt"]).read(0)) <= 200 + 1024
+    made = prepare(tmp_path, "d", text_files([tmp_path / "my.txt"]), "bytes", val_fraction=0.3)
+    whole = [bytes(tokens_of(tmp_path, made, s).tolist()).split(b"\0")[1:] for s in ("train", "val")]
+    assert sorted(t.decode().rstrip("\n") for t in whole[0] + whole[1]) == sorted(texts)
+
+
+def test_pieces_end_at_line_ends_and_a_packed_text_has_the_same(tmp_path: Path) -> None:
+    text = "".join(f"{i} {'x' * 1500}\n" for i in range(50))
+    (tmp_path / "my.txt").write_text(text)
+    (tmp_path / "my.txt.gz").write_bytes(gzip.compress(text.encode()))
+    plain, packed = ([d.text for d in text_files([tmp_path / n]).read(0)] for n in ("my.txt", "my.txt.gz"))
+    assert plain == packed and len(plain) > 20 and "".join(plain) == text
+    assert all(piece.endswith("\n") for piece in plain)
 
 
 @pytest.mark.parametrize(("values", "kind"), [([b"caf\xc3"], "binary"), ([["a"]], "list"), ([1], "int64")])
