@@ -11,9 +11,12 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -75,10 +78,10 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
 
     app = Application(
         title="Trainmaster", version=version("trainmaster"), summary="Pretrains GPTs on machines you own.",
-        lifespan=lifespan, exception_handlers=problems.HANDLERS, redoc_url=None,
+        lifespan=lifespan, exception_handlers=problems.HANDLERS, docs_url=None, redoc_url=None,
         middleware=[
             Middleware(Observed, monitor=monitor),
-            Middleware(Guard, hosts=hosts, keys=keys, open_without_keys=is_open),
+            Middleware(Guard, hosts=hosts, origin=settings.public_origin, keys=keys, open_without_keys=is_open),
             # event streams and parts of files are passed on as they are; so are files of a run, which are large
             Middleware(GZipMiddleware, compresslevel=COMPRESSION, exclude_content_types=UNCOMPRESSED),
         ],
@@ -87,6 +90,7 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
     app.include_router(files.router)
     app.include_router(compare.router)
     app.include_router(router, max_body_size=MAX_BODY_BYTES)  # of bodies that do not say their length
+    app.add_route("/docs", _docs, include_in_schema=False)
     app.mount("/static", PageFiles(directory=STATIC))
     return app
 
@@ -110,6 +114,11 @@ class PageFiles(StaticFiles):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [header for header in scope["headers"] if header[0] != b"range"]
         await super().__call__({**scope, "headers": headers}, receive, send)
+
+
+async def _docs(_: Request) -> Response:
+    """Return FastAPI's page about the API. It names the schema relative to itself: a proxy may add a path prefix."""
+    return get_swagger_ui_html(openapi_url="openapi.json", title="Trainmaster")
 
 
 class Server(uvicorn.Server):

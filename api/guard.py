@@ -89,12 +89,15 @@ class _Answer:
 class Guard:
     """`hosts` are the names that this server answers to, beside loopback addresses.
 
+    `origin` is that of TRAINMASTER_URL. It is accepted even if a reverse proxy put another name into Host.
+
     `open_without_keys`: while there is no key and never was one, everyone who reaches the server may do everything.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Iterable[str], keys: KeyRing, open_without_keys: bool):
+    def __init__(self, app: ASGIApp, hosts: Iterable[str], origin: str, keys: KeyRing, open_without_keys: bool):
         self._app = app
         self._hosts = frozenset(hosts)
+        self._origin = origin
         self._keys = keys
         self._open_without_keys = open_without_keys
         self._limiter = CapacityLimiter(KEY_THREADS)
@@ -158,8 +161,9 @@ class Guard:
         if path not in HEALTH and not self._is_ours(host):
             way_out = "use 127.0.0.1 or localhost, or add it to TRAINMASTER_HOSTS of the server"
             raise Refusal(403, "foreign_host", f"this server does not answer to the Host {host!r}; {way_out}")
-        if origin is not None and origin.partition("://")[2].lower() != host.lower():
-            raise Refusal(403, "foreign_origin", f"a page of {origin!r} may not call this server")
+        if origin is not None and not self._is_own_origin(origin.lower(), host.lower()):
+            way_out = "if that is this server behind a proxy, set TRAINMASTER_URL to its address, or pass Host on"
+            raise Refusal(403, "foreign_origin", f"a page of {origin!r} may not call this server; {way_out}")
         length = headers.get("content-length", "0")
         if int(length) > MAX_BODY_BYTES:
             detail = f"the body has {length} bytes, the limit is {MAX_BODY_BYTES}; a job spec is a few thousand"
@@ -169,6 +173,9 @@ class Guard:
         if has_body and kind != "application/json":
             detail = f"the body's type is {kind!r}; send it with Content-Type: application/json"
             raise Refusal(415, "unsupported_media_type", detail)
+
+    def _is_own_origin(self, origin: str, host: str) -> bool:
+        return origin.partition("://")[2] == host or origin == self._origin
 
     def _find(self, headers: Headers) -> Key | None:
         """Return the key that a request came with, None if it needs none. Raises Refusal."""

@@ -76,6 +76,16 @@ class Settings:
         hosts = {host_of(self.url.rpartition("://")[2].partition("/")[0]), *map(host_of, self.hosts)}
         return frozenset(host for host in hosts if host and not is_loopback(host))
 
+    @property
+    def public_origin(self) -> str:
+        """The Origin that a browser sends for a page under `url`; "" if only this machine reaches it."""
+        scheme, _, rest = self.url.lower().partition("://")
+        address = rest.partition("/")[0]
+        if host_of(address) not in self.public_hosts:
+            return ""
+        default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
+        return f"{scheme}://{address.removesuffix(default_port)}"
+
     def make_home(self) -> None:
         """Make the home, for its owner alone. Raises BadSetting where that cannot be."""
         try:

@@ -10,7 +10,8 @@ const CURVES = ["train_loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "t
 const ENDED = ["succeeded", "failed", "cancelled"];
 
 const byId = (id) => document.getElementById(id);
-const path = (id, rest = "") => `/jobs/${encodeURIComponent(id)}${rest}`;
+/* Relative to the page: a reverse proxy may serve it below a path of its own. */
+const path = (id, rest = "") => `jobs/${encodeURIComponent(id)}${rest}`;
 
 // ---- saying things
 
@@ -164,7 +165,7 @@ async function refreshList() {
 }
 
 async function drawCurves(jobs) {
-  const sparklines = await ask(`/sparklines?job=${jobs.map((job) => job.id).join("&job=")}`);
+  const sparklines = await ask(`sparklines?job=${jobs.map((job) => job.id).join("&job=")}`);
   for (const job of jobs) list.rows.get(job.id)?.drawCurve(job, sparklines[job.id]);
 }
 
@@ -172,7 +173,7 @@ async function recentJobs(pages) {
   const jobs = [];
   let after = "";
   for (let page = 0; page < pages; page++) {
-    const answer = await ask(`/jobs?view=summary&limit=50${after}`);
+    const answer = await ask(`jobs?view=summary&limit=50${after}`);
     jobs.push(...answer.data);
     if (!answer.has_more) return [jobs, false];
     after = `&after=${encodeURIComponent(answer.next)}`;
@@ -181,7 +182,7 @@ async function recentJobs(pages) {
 }
 
 async function refreshWorkers() {
-  const slots = (await ask("/workers")).filter((node) => node.live).flatMap((node) => node.slots);
+  const slots = (await ask("workers")).filter((node) => node.live).flatMap((node) => node.slots);
   const busy = slots.filter((slot) => slot.job_id).length;
   byId("workers").textContent = slots.length ? `${busy} of ${slots.length} slots busy` : "no worker is live";
 }
@@ -269,7 +270,7 @@ class RunView {
 
   async refresh() {
     const job = await ask(path(this.id));
-    const aboutIt = job.kind === "train" ? (await ask(`/jobs?view=summary&limit=100&parent_job_id=${job.id}`)).data : [];
+    const aboutIt = job.kind === "train" ? (await ask(`jobs?view=summary&limit=100&parent_job_id=${job.id}`)).data : [];
     if (view !== this) return;
     const before = this.job?.status;
     this.job = job;
@@ -441,7 +442,7 @@ function canGoOn(job) {
 async function goOn(id) {
   const overrides = { init_from: { source: id, optimizer: true } };
   const headers = { "Idempotency-Key": view.goOnKey };
-  const job = await ask("/jobs", { method: "POST", headers, body: JSON.stringify({ from: id, overrides }) });
+  const job = await ask("jobs", { method: "POST", headers, body: JSON.stringify({ from: id, overrides }) });
   location.hash = job.id;
 }
 
