@@ -17,6 +17,7 @@ from fastapi.sse import format_sse_event
 from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
 
+from api.log_poller import LogPoller
 from gptcore.rundir import RunDir
 from worker.connection import AWAY
 from worker.follow import follow_events
@@ -108,11 +109,13 @@ class Hub:
         self._runs = runs
         self._note_lag = note_lag
         self._feeds: dict[str, _Feed] = {}  # by job id
+        self.logs = LogPoller(store, runs)
         self.closing = False
 
     def close(self) -> None:
         """End every stream, so that its client looks for the next server."""
         self.closing = True
+        self.logs.close()
         for feed in self._feeds.values():
             feed.stop()
 

@@ -1,10 +1,8 @@
 """A job's events and logs as server-sent events, until the job has ended."""
 
-import asyncio
 import json
-import time
 from collections.abc import AsyncGenerator, Collection
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
@@ -19,7 +17,7 @@ from worker.store import JobNotFound, Store
 
 RECONNECT_MILLISECONDS = 1000
 LOG_TAIL_BYTES, LOG_CHUNK_BYTES = 1 << 20, 1 << 16
-LOG_POLL_SECONDS, KEEPALIVE_SECONDS = 0.5, 10.0
+KEEPALIVE_SECONDS = 10.0
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"}
 
 
@@ -50,6 +48,15 @@ def _end(status: str) -> bytes:
     return format_sse_event(event="end", data_str=json.dumps({"status": status}))
 
 
+def _status(store: Store, job_id: str) -> tuple[str, bool]:
+    """And whether that is an end."""
+    try:
+        job = store.get_job(job_id)
+    except JobNotFound:
+        return "deleted", True
+    return job.status, job.ended
+
+
 def log_stream(hub: Hub, run: RunDir, job_id: str, attempt: int | None, after: str | None) -> EventSourceResponse:
     """What the trainer prints, as `log` messages with ids {attempt}-{byte}, from the newest attempt's last MiB on."""
     attempt, offset = place(after)[:2] if after else (attempt or 0, -1)
@@ -58,34 +65,18 @@ def log_stream(hub: Hub, run: RunDir, job_id: str, attempt: int | None, after: s
 
 async def _log_messages(hub: Hub, run: RunDir, job_id: str, attempt: int, offset: int) -> AsyncGenerator[bytes]:
     yield format_sse_event(retry=RECONNECT_MILLISECONDS)
-    said_at = time.monotonic()
-    while not hub.closing:
-        try:
-            # asked before reading: what a job printed before it ended is there by then
-            status, ended = await run_in_threadpool(_status, hub.store, job_id)
-        except AWAY:
-            return
-        attempt, offset, text = await run_in_threadpool(_read_log, run, attempt, offset, ended)
-        if text is None and ended:
-            yield _end(status)
-            return
-        if text is not None:
-            yield format_sse_event(id=f"{attempt}-{offset}", event="log", data_str=text)
-        elif time.monotonic() - said_at > KEEPALIVE_SECONDS:
-            yield KEEPALIVE_COMMENT
-        else:
-            await asyncio.sleep(LOG_POLL_SECONDS)
-            continue
-        said_at = time.monotonic()
-
-
-def _status(store: Store, job_id: str) -> tuple[str, bool]:
-    """And whether that is an end."""
-    try:
-        job = store.get_job(job_id)
-    except JobNotFound:
-        return "deleted", True
-    return job.status, job.ended
+    with suppress(*AWAY):
+        async with hub.logs.watch(job_id) as log:
+            while not (hub.closing or log.closed):
+                seen = log.state
+                attempt, offset, text = await run_in_threadpool(_read_log, run, attempt, offset, seen.ended)
+                if text is not None:
+                    yield format_sse_event(id=f"{attempt}-{offset}", event="log", data_str=text)
+                elif seen.ended:
+                    yield _end(seen.status)
+                    return
+                elif not await log.changed(seen, KEEPALIVE_SECONDS):
+                    yield KEEPALIVE_COMMENT
 
 
 def logs_of(run: RunDir) -> dict[int, Path]:

@@ -108,6 +108,13 @@ class Store(Connected):
             raise JobNotFound(job_id)
         return jobs[0]
 
+    def statuses(self, job_ids: Sequence[str]) -> dict[str, str]:
+        """Return the status of each of these jobs that exists, without the rest of its record."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipeline.hget(KEYS["job"] + job_id, "status")
+        return {job_id: status for job_id, status in zip(job_ids, pipeline.execute(), strict=True) if status}
+
     def _get_jobs(self, job_ids: list[str]) -> list[Job]:
         """Those that exist, in the order asked for."""
         pipeline = self._redis.pipeline(transaction=False)

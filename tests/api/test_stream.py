@@ -19,6 +19,7 @@ import pytest
 import redis
 
 from api import hub
+from api.stream import log_stream
 from gptcore.events import Notice
 from tests.api.server import FakeRun, Server, evaluated, step, train_spec
 from tests.conftest import wait_until
@@ -335,6 +336,36 @@ def test_who_is_too_slow_misses_nothing_and_holds_up_nobody(
     assert seen["slow"] == seen["fast"] == [f"1-{i}" for i in range(1, 120)]
 
 
+def test_all_who_watch_logs_share_one_poll(
+    run: FakeRun, store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls: list[list[str]] = []
+    statuses = store.statuses
+    monkeypatch.setattr(store, "statuses", lambda job_ids: polls.append(list(job_ids)) or statuses(job_ids))
+
+    async def watch(shared: hub.Hub, began: list[float]) -> bytes:
+        said = b""
+        async for part in log_stream(shared, run.directory, run.id, None, None).body_iterator:
+            began.append(time.monotonic())
+            assert isinstance(part, bytes)
+            said += part
+        return said
+
+    async def all_of_them() -> list[bytes]:
+        shared, began = hub.Hub(store, settings.runs), list[float]()
+        watching = [asyncio.create_task(watch(shared, began)) for _ in range(30)]
+        while len(began) < 30:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(1.2)
+        assert len(polls) <= 30 + 4  # those who came at once looked for themselves first
+        run.log_file.write_text("a line\n")
+        await asyncio.to_thread(run.end)
+        return await asyncio.wait_for(asyncio.gather(*watching), 20)
+
+    (said,) = set(asyncio.run(all_of_them()))
+    assert b"data: a line" in said and b"event: end" in said
+
+
 def test_a_server_told_to_stop_ends_its_streams_at_once_and_quietly(
     run: FakeRun, settings: Settings, tmp_path: Path
 ) -> None:
@@ -355,4 +386,5 @@ def test_a_server_told_to_stop_ends_its_streams_at_once_and_quietly(
                 assert [list(one) for one in watching] == [[], [], []]  # without an end: they are to be opened again
             process.wait(10)
     assert time.monotonic() - began < 4
-    assert (tmp_path / "log").read_text() == ""  # no traceback, no word of tasks cancelled
+    said = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert {line["level"] for line in said} <= {"info"}, said  # no traceback, no word of tasks cancelled
