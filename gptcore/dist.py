@@ -11,6 +11,7 @@ import torch.distributed as c10d
 from torch import Tensor
 from torch.utils import deterministic
 
+from gptcore.failure import Unavailable
 from gptcore.spec import refusal
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -49,10 +50,13 @@ def start(device: str, threads: int | None = None) -> Dist:
 
     device: "auto", "cpu" or "cuda". On CPU the results are made repeatable: deterministic kernels
     and a fixed number of threads, OMP_NUM_THREADS by default (torchrun sets it to 1 unless it is set).
-    Raises SpecError.
+    Raises SpecError; Unavailable if a worker gave this process a GPU that torch cannot use.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if device != "cpu" and not torch.cuda.is_available() and (given := _gpus_of_slot()):
+        way_out = "check nvidia-smi, and that torch is built for CUDA"
+        raise Unavailable(f"the worker's GPU {given} cannot be used: torch sees none; {way_out}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -72,6 +76,12 @@ def start(device: str, threads: int | None = None) -> Dist:
     if world_size > 1:
         c10d.init_process_group("nccl" if device == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     return Dist(rank, local_rank, world_size, place)
+
+
+def _gpus_of_slot() -> str:
+    """Return the UUIDs of the GPUs that a worker gave this process; "" if none, or if it was started by hand."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return visible if visible.startswith(("GPU-", "MIG-")) else ""
 
 
 def _keep_freed_memory() -> None:

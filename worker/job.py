@@ -157,6 +157,7 @@ class Slot(Record):
     id: str
     cores: list[int]
     gpus: list[int]
+    gpu_uuids: list[str] = []  # in the same order; of MIG devices too
     hardware: Hardware
     job_id: str | None = None  # whose it is now
 

@@ -21,7 +21,7 @@ from gptcore.rundir import RunDir, write_atomically
 from gptcore.spec import AnySpec, PublishSpec, SpecError, parse_spec, read_spec
 from worker import processes, trainer
 from worker.connection import AWAY
-from worker.hardware import GpuMemory
+from worker.gpus import GpuMemory
 from worker.hold import TICK_SECONDS, Hold, draining, log, patiently
 from worker.job import JobError, Status, Ticket
 from worker.member import BROKEN_SECONDS, Member
@@ -193,6 +193,7 @@ class Launcher:
         meeting = f"{node_address(self._settings)} {trainer.free_port()}"
         if len(self._job.nodes) > 1:
             self._report(rendezvous=meeting)
+        self._hold.renew()  # nvidia-smi may take seconds
         memory = GpuMemory()
         tree = trainer.start(spec, self._settings, self._run_dir.path, self._ticket, meeting, self._attempt.log)
         try:
@@ -216,7 +217,7 @@ class Launcher:
                         self._hold.renew()
                 time.sleep(TICK_SECONDS)
             raise
-        memory.await_return()
+        memory.await_return(meanwhile=self._hold.renew)
 
     def _tend(self, tree: processes.Tree) -> None:
         word = self._heed()

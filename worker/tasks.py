@@ -185,8 +185,8 @@ def main(slot: Slot) -> None:
         clear_slot(slot.id, settings)
         if sys.platform == "linux":
             os.sched_setaffinity(0, slot.cores)
-        # nvidia-smi counts along the PCI bus; CUDA's own default puts the fastest first
-        os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, slot.gpus))}
+        # by UUID: CUDA counts GPUs in another order than nvidia-smi, and anew once one is lost
+        os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(slot.gpu_uuids)}
         try:
             worker = SlotWorker(
                 [slot.id],

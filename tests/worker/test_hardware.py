@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.hardware import GpuMemory, find_slots, gpus
+from worker.hardware import find_slots
 from worker.place import node_address, node_id, runs_root_id
 from worker.settings import BadSetting, Settings
 from worker.trainer import slot_cores
@@ -36,48 +36,6 @@ def test_ranges_of_cores_become_slots() -> None:
 def test_ranges_that_cannot_be_are_refused(slots: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_slots(replace(HOME, slots=slots), "n")
-
-
-@pytest.fixture
-def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An nvidia-smi on the PATH that answers as one with an H200 and a GPU without memory of its own."""
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho '0, GPU-aa, NVIDIA H200, 143771'\necho '1, GPU-bb, NVIDIA GB10, [N/A]'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-
-@pytest.mark.usefixtures("two_gpus")
-def test_gpus_become_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = replace(HOME, device="auto")
-    (both,) = find_slots(settings, "n")
-    assert both.gpus == [0, 1] and both.hardware.device == "cuda" and both.hardware.ranks == 2
-    assert both.hardware.memory_bytes == 143771 * 2**20
-    first, second = find_slots(replace(settings, slots="0,1"), "n")
-    assert (first.gpus, second.gpus) == ([0], [1]) and second.hardware.memory_bytes is None
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bb")
-    assert [gpu.name for gpu in gpus()] == ["NVIDIA GB10"]
-    assert find_slots(HOME, "n")[0].hardware.device == "cpu"
-
-
-def test_an_attempt_ends_when_the_gpus_memory_is_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nvidia-smi says 900 MiB at first, then much more as if a process had just died, and 900 again after a while."""
-    (tmp_path / "nvidia-smi").write_text(
-        f"#!/bin/sh\necho x >> {tmp_path}/asked\n"
-        f"case $(wc -l < {tmp_path}/asked) in [23]) echo 70000;; *) echo 900;; esac\n"
-    )
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    GpuMemory().await_return()
-    assert (tmp_path / "asked").read_text() == "x\n" * 4
-
-
-def test_a_wish_for_gpus_where_there_are_none_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="no GPU"):
-        find_slots(replace(HOME, device="cuda"), "n")
 
 
 def test_settings_survive_the_way_through_an_environment() -> None:
