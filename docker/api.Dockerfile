@@ -1,5 +1,6 @@
 # The API: no torch, no compiler.
-FROM python:3.11-slim-bookworm
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+FROM ${PYTHON_IMAGE}
 
 ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 TRAINMASTER_HOME=/data
 EXPOSE 8000
@@ -16,4 +17,6 @@ RUN mkdir gptcore worker api trainmaster \
  && EXTRAS=api ./setup.sh
 
 COPY . .
+# the running container cannot write here
+RUN python -m compileall -q gptcore worker api trainmaster
 USER trainmaster

@@ -1,7 +1,9 @@
 # A worker: torch, and the compiler that torch.compile calls.
-FROM python:3.11-slim-bookworm
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+FROM ${PYTHON_IMAGE}
 
-ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 TRAINMASTER_HOME=/data
+ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 TRAINMASTER_HOME=/data \
+    HF_HOME=/data/huggingface XDG_CACHE_HOME=/tmp/cache
 CMD ["trainmaster", "worker"]
 
 RUN apt-get update -qq \
@@ -20,4 +22,6 @@ RUN mkdir gptcore worker api trainmaster \
  && EXTRAS=worker,train,eval ./setup.sh
 
 COPY . .
+# the running container cannot write here
+RUN python -m compileall -q gptcore worker api trainmaster
 USER trainmaster
