@@ -13,18 +13,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from gptcore.control_characters import CONTROL_CLASS, has_controls
 from gptcore.presets import PRESETS, closest, expand, shown
 
 VOCAB_MULTIPLE = 128  # training pads the vocabulary to this; the export cuts it off again
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-Label = Annotated[str, Field(min_length=1, max_length=200)]
 LabelKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,63}$")]
 # shown in the JSON schema, but checked here: our messages name the way out, and pydantic's regex looks not ahead
 TASK = r"^(val_loss|hellaswag(@\d{1,2})?|lm_eval:[\w.,/-]{1,200}(@\d{1,3})?)$"
 _PART = "[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 HUB_PREFIX = "hf://"
-SOURCE = rf"^(?!hf://)|^hf://({_PART}/)?{_PART}(@[A-Za-z0-9._/-]+)?$"
+SOURCE = rf"^(?!hf://)[^{CONTROL_CLASS}]*$|^hf://({_PART}/)?{_PART}(@[A-Za-z0-9._/-]+)?$"
 REPO = rf"^(?!.*(--|\.\.|\.git$)){_PART}/{_PART}$"
 # levels of pydantic's own in the place of an error
 INNER = re.compile(r"(literal|function)\W|(constrained-)?(int|bool|str|float)$")
@@ -90,8 +90,22 @@ def _stay_inside(path: str) -> str:
     return path
 
 
+def _without_controls(text: str) -> str:
+    if has_controls(text):
+        raise ValueError(f"{shown(text)} has control characters, which act on a terminal; leave them out")
+    return text
+
+
 _SHOWN: dict[str, Any] = {"pattern": SOURCE}
-Source = Annotated[str, Field(min_length=1, max_length=500, json_schema_extra=_SHOWN), AfterValidator(_hub_address)]
+_LINE: dict[str, Any] = {"pattern": f"^[^{CONTROL_CLASS}]*$"}
+Line = Annotated[str, Field(json_schema_extra=_LINE), AfterValidator(_without_controls)]
+Label = Annotated[Line, Field(min_length=1, max_length=200)]
+Source = Annotated[
+    str,
+    Field(min_length=1, max_length=500, json_schema_extra=_SHOWN),
+    AfterValidator(_without_controls),
+    AfterValidator(_hub_address),
+]
 Task = Annotated[str, Field(json_schema_extra={"pattern": TASK})]
 Tasks = Annotated[tuple[Task, ...], Field(max_length=100), AfterValidator(_known_tasks)]
 
@@ -258,7 +272,7 @@ class PublishTarget(Spec):
     )
     private: bool = True
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="of the weights in the files")
-    license: str | None = Field(None, max_length=100, description="the Hub's name of it, for the model card: mit, ...")
+    license: Line | None = Field(None, max_length=100, description="the Hub's name of it, for the model card: mit, ...")
 
 
 class ResourcesSpec(Spec):
@@ -316,11 +330,11 @@ class SourceSpec(Spec):
     )
 
     format: Literal["text", "jsonl", "parquet", "hub", "shards"]
-    path: Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_stay_inside)] = Field(
+    path: Annotated[Line, Field(min_length=1, max_length=500), AfterValidator(_stay_inside)] = Field(
         description="file or folder, relative; hub: a glob of its files"
     )
-    repo: str | None = Field(None, max_length=200, description="hub: the dataset, owner/name")
-    field: str = Field("text", max_length=100, description="jsonl, parquet, hub: the text's column")
+    repo: Line | None = Field(None, max_length=200, description="hub: the dataset, owner/name")
+    field: Line = Field("text", max_length=100, description="jsonl, parquet, hub: the text's column")
 
     @model_validator(mode="after")
     def _repo_for_hub(self) -> Self:

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
+from gptcore.control_characters import escape_controls
 from gptcore.procs import python_module
 from gptcore.spec import DataSpec, SpecError
 from trainmaster.client import Client, TrainmasterError
 from trainmaster.mistake import Mistake
 from trainmaster.sample import main as sample
 from trainmaster.tables import facts, job_table, jobs_table, keys_table, plan_table, workers_table
+from trainmaster.terminal import Terminal
 from worker.settings import BadSetting, Settings
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ app = typer.Typer(
 )  # fmt: skip
 keys = typer.Typer(help="Keys that let others use the API.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = Terminal()
+errors = Terminal(stderr=True)
 
 Url = Annotated[
     str | None, typer.Option(envvar="TRAINMASTER_URL", help="the server; by default the one of `trainmaster up`")
@@ -276,7 +277,7 @@ def watch(
 def logs(job: JobId, url: Url = None) -> None:
     """Print what a job's trainer prints, from the last MiB on, to the job's end."""
     for text in _client(url).log(job):
-        typer.echo(text)
+        typer.echo(escape_controls(text))
 
 
 @app.command()

@@ -22,6 +22,7 @@ from gptcore.rundir import RunDir
 from trainmaster.client import Client, TrainmasterError
 from trainmaster.stack import Stack, interruptible
 from trainmaster.tables import facts
+from trainmaster.terminal import Terminal
 from trainmaster.watch import INTERRUPTED, follow
 from worker.settings import Settings
 
@@ -50,7 +51,7 @@ def run_demo(settings: Settings, url: str | None, own_redis: bool, as_json: bool
     On another machine's server the export is out of reach; then it need only have been written.
     """
     began = time.monotonic()
-    console = Console(stderr=as_json, highlight=False)
+    console = Terminal(stderr=as_json)
     try:
         with interruptible(), ExitStack() as left:
             watched: AbstractContextManager[None] = nullcontext()

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gptcore.control_characters import escape_controls
 from trainmaster.mistake import Mistake
 from worker.settings import Settings
 
@@ -27,7 +28,7 @@ def main(
     if Path(name).exists():
         os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from gptcore.scorer import load_model
@@ -46,10 +47,21 @@ def main(
         given, attention_mask=torch.ones_like(given), pad_token_id=tokenizer.eos_token_id,
         max_new_tokens=min(max_tokens, context - given.shape[1]),
         do_sample=temperature > 0, temperature=temperature or None,
-        streamer=None if as_json else TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=None if as_json else _printer(tokenizer),
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps({"sample": tokenizer.decode(tokens[0], skip_special_tokens=True)}))
+
+
+def _printer(tokenizer: Any) -> Any:
+    """Return a streamer that prints text as it is written, without the control characters that a model can make."""
+    from transformers import TextStreamer
+
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            typer.echo(escape_controls(text), nl=stream_end)
+
+    return Printer(tokenizer, skip_special_tokens=True)
 
 
 def _exported(model: str) -> str:

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from gptcore.events import Scored
-from tests.api.server import FakeRun, Server, train_spec
+from gptcore.control_characters import has_controls
+from gptcore.events import Notice, Scored
+from gptcore.plan import Hardware
+from tests.api.server import FakeRun, Server, node, train_spec
 from tests.trainmaster.conftest import run as command
+from worker.job import JobError
+from worker.store import Store
 
 
 def test_results_that_are_no_numbers_are_shown_and_watched(server: Server, run: FakeRun) -> None:
@@ -22,6 +26,21 @@ def test_results_that_are_no_numbers_are_shown_and_watched(server: Server, run: 
         done = command(verb, run.id, "--url", server.url)
         assert (done.returncode, done.stderr) == (0, "")
         assert "nan" in done.stdout and "inf" in done.stdout
+
+
+def test_control_characters_of_others_do_not_reach_the_terminal(server: Server, run: FakeRun, store: Store) -> None:
+    hostile = "a\x1b]0;title\x07b\x9b2Jc\x08d\u202ee"
+    machine = node(1, name="other")
+    slot = machine.slots[0].model_copy(update={"hardware": Hardware(ranks=1, device_name=hostile)})
+    store.register_node(machine.model_copy(update={"slots": [slot]}))
+    run.write(Notice(message=hostile))
+    run.log_file.write_text(f"first {hostile}\nlast\n")
+    run.end("failed", error=JobError(reason="crash", message=hostile, log=[hostile]))
+    for verb in (["show", run.id], ["watch", run.id], ["logs", run.id], ["workers"], ["show", hostile]):
+        done = command(*verb, "--url", server.url)
+        shown = done.stdout + done.stderr
+        assert "\\x1b]0;title" in shown, (verb, shown)
+        assert not has_controls(shown.replace("\n", "").replace("\t", "")), (verb, shown)
 
 
 def test_only_what_failed_or_was_cancelled_is_continued(server: Server, new_run: Callable[..., FakeRun]) -> None:
