@@ -10,6 +10,7 @@ open shard is theirs.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -153,11 +154,27 @@ def prepare(
         return dataset
 
 
+def begun_commit(root: Path, name: str, repo: str, pattern: str) -> str | None:
+    """Return the commit of a Hub dataset from which `root/name` was made, or is being made; None if it is not begun.
+
+    A dataset keeps the commit it began with: interrupted work would otherwise start anew at each commit to the Hub.
+    """
+    for file in (root / name / "settings.json", root / f".{name}.preparing" / "state.json"):
+        if file.is_file():
+            saved = json.loads(file.read_text("utf-8"))
+            source = saved.get("settings", saved)["source"]
+            if match := re.match(rf"{re.escape(repo)}@([0-9a-f]{{40}})/{re.escape(pattern)}(?: |$)", source):
+                return match[1]
+    return None
+
+
 def prepare_builtin(root: Path, name: str, progress: Progress = lambda documents, tokens: None) -> Dataset:
     """Make a dataset of `gptcore.dataset.BUILTIN`."""
     tokenizer, _ = BUILTIN[name]
     if name in FINEWEB:
-        source, val_fraction = hub_files(*FINEWEB[name], "text"), 0.001
+        repo, pattern = FINEWEB[name]
+        source = hub_files(repo, pattern, "text", begun_commit(root, name, repo, pattern))
+        val_fraction = 0.001
     else:
         source, val_fraction = python_stdlib(), 0.05
     return prepare(root, name, source, tokenizer, val_fraction=val_fraction, progress=progress)

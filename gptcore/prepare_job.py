@@ -8,10 +8,10 @@ from gptcore.dataset import refuse_reserved
 from gptcore.events import Finished, PhaseChanged
 from gptcore.failure import may_pass
 from gptcore.job_process import Process, run_job
-from gptcore.prepare import adopt_shards, prepare
+from gptcore.prepare import adopt_shards, begun_commit, prepare
 from gptcore.rundir import datasets_root
 from gptcore.sources import Source, hub_files, local_files
-from gptcore.spec import PrepareSpec, SourceSpec, refusal
+from gptcore.spec import PrepareSpec, refusal
 
 REPORT_EVERY_SECONDS = 1.0
 
@@ -42,7 +42,7 @@ def _run(process: Process[PrepareSpec]) -> Finished:
             dataset = adopt_shards(datasets_root(), spec.dataset, folder, spec.tokenizer)
         else:
             dataset = prepare(
-                datasets_root(), spec.dataset, open_source(spec.source), spec.tokenizer,
+                datasets_root(), spec.dataset, _open_source(spec), spec.tokenizer,
                 val_fraction=spec.val_fraction, max_tokens=spec.max_tokens, shard_tokens=spec.shard_tokens,
                 progress=progress,
             )  # fmt: skip
@@ -55,11 +55,13 @@ def _run(process: Process[PrepareSpec]) -> Finished:
     return Finished(tokens=dataset.train.tokens + dataset.val.tokens, seconds=time.monotonic() - began)
 
 
-def open_source(source: SourceSpec) -> Source:
-    """The documents a spec names; its paths lie in the datasets root's `sources/`."""
+def _open_source(spec: PrepareSpec) -> Source:
+    """Return the documents that a spec names; its paths lie in the datasets root's `sources/`."""
+    source, root = spec.source, datasets_root()
     if source.repo is not None:
-        return hub_files(source.repo, source.path, source.field)
-    return local_files(source.format, [datasets_root() / "sources" / source.path], source.field)
+        begun = begun_commit(root, spec.dataset, source.repo, source.path)
+        return hub_files(source.repo, source.path, source.field, begun)
+    return local_files(source.format, [root / "sources" / source.path], source.field)
 
 
 if __name__ == "__main__":

@@ -82,15 +82,20 @@ def parquet_files(paths: list[Path], field: str) -> Source:
     return Source(f"parquet: {_names(paths)}, column {field}", _fingerprint(files), read)
 
 
-def hub_files(repo: str, pattern: str, field: str) -> Source:
-    """Parquet files of a dataset on the Hugging Face Hub, read as they come: no copy is kept.
+def hub_files(repo: str, pattern: str, field: str, begun: str | None = None) -> Source:
+    """Return Parquet files of a dataset on the Hugging Face Hub, read as they come: no copy is kept.
 
-    pattern: a glob inside the repository, "sample/10BT/*.parquet". The commit of now is fixed.
-    Raises FileNotFoundError where nothing matches; the Hub client's own errors pass.
+    pattern: a glob inside the repository, "sample/10BT/*.parquet". begun: the commit at which interrupted work reads;
+    by default, and if the Hub has it no more, the newest one.
+    Raises FileNotFoundError if nothing matches; the Hub client's own errors pass.
     """
     from huggingface_hub import HfApi, HfFileSystem
+    from huggingface_hub.errors import RevisionNotFoundError
 
-    commit = HfApi().dataset_info(repo).sha
+    try:
+        commit = HfApi().dataset_info(repo, revision=begun).sha
+    except RevisionNotFoundError:  # its history was rewritten
+        commit = HfApi().dataset_info(repo).sha
     files = HfFileSystem()
     names = {str(name): PurePath(name).name for name in sorted(files.glob(f"datasets/{repo}@{commit}/{pattern}"))}
     if not names:

@@ -124,7 +124,7 @@ def prepare(
     import httpx2
 
     from gptcore.dataset import refuse_reserved
-    from gptcore.prepare import adopt_shards
+    from gptcore.prepare import adopt_shards, begun_commit
     from gptcore.sources import hub_files, local_files
     from trainmaster.prepare import run_prepare
 
@@ -146,7 +146,8 @@ def prepare(
             dataset = adopt_shards(datasets, name, shards, tokenizer)
         else:
             paths = text or jsonl or parquet or []
-            source = hub_files(hub, files, field) if hub else local_files(given[0], paths, field)
+            begun = begun_commit(datasets, name, hub, files) if hub else None
+            source = hub_files(hub, files, field, begun) if hub else local_files(given[0], paths, field)
             dataset = run_prepare(datasets, name, source, tokenizer, val_fraction, max_tokens, errors)
     except (OSError, ValueError, httpx2.TransportError) as error:  # a file, a spec, the Hub
         raise Mistake(f"{hub}: {error}" if hub else str(error)) from error

@@ -51,12 +51,18 @@ class Handler(BaseHTTPRequestHandler):
 class Hub(Handler):
     folder: Path
 
+    def newest(self) -> str:
+        """The newest commit: what a file `commit` in the folder says, if it is there."""
+        file = self.folder / "commit"
+        return file.read_text() if file.exists() else COMMIT
+
     def do_GET(self) -> None:
         parts = self.parts()
         if parts[:2] == ["api", "datasets"] and len(parts) > 4 and parts[4] == "tree":
             self._tree("/".join(parts[2:4]), "/".join(parts[6:]))
         elif parts[:2] == ["api", "datasets"]:
-            self.send_json({"id": "/".join(parts[2:4]), "sha": COMMIT, "private": False, "siblings": [], "tags": []})
+            revision = parts[5] if parts[4:5] == ["revision"] else self.newest()
+            self.send_json({"id": "/".join(parts[2:4]), "sha": revision, "private": False, "siblings": [], "tags": []})
         elif parts[0] == "datasets" and parts[3] == "resolve":
             self._file(self.folder / parts[1] / parts[2] / "/".join(parts[5:]))
         else:

@@ -413,6 +413,49 @@ def test_a_dataset_is_read_from_the_hub_with_its_own_client(hub: tuple[str, Path
     assert rest == texts[70:]
 
 
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from gptcore.prepare import begun_commit, prepare
+from gptcore.sources import hub_files
+import gptcore.prepare
+
+root, hub = map(Path, sys.argv[1:])
+gptcore.prepare.BATCH_CHARACTERS = 1000
+
+def stop(documents, tokens):
+    raise KeyboardInterrupt
+
+def run(progress):
+    source = hub_files("owner/name", "*.parquet", "text", begun_commit(root, "d", "owner/name", "*.parquet"))
+    return prepare(root, "d", source, "bytes", val_fraction=0.2, progress=progress), source.description
+
+try:
+    run(stop)
+except KeyboardInterrupt:
+    (hub / "commit").write_text("f" * 40)
+seen = []
+_, first = run(lambda documents, tokens: seen.append(documents))
+(hub / "commit").write_text("e" * 40)
+_, again = run(stop)
+print(seen[0], first == again, "@0123456789" in first)
+"""
+
+
+def test_a_commit_to_the_hub_restarts_no_interrupted_work(hub: tuple[str, Path], tmp_path: Path) -> None:
+    address, folder = hub
+    path = folder / "owner" / "name" / "rows.parquet"
+    path.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"{i} {WORDS}" for i in range(100)]}), path)
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "datasets"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    second_batch, same, from_the_first_commit = done.stdout.split()
+    one_batch = -(-1000 // len(f"0 {WORDS}"))
+    assert int(second_batch) > one_batch and same == from_the_first_commit == "True"
+
+
 @pytest.mark.parametrize(("status", "reason"), [(503, "unavailable"), (429, "unavailable"), (404, "user_error")])
 def test_a_hub_that_is_away_is_asked_again_and_one_that_refuses_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, reason: str
