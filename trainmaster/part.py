@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from gptcore.procs import die_with_parent
+from gptcore.rotation import rotate
 from trainmaster.mistake import Mistake
 
 LOG_LINES = 15
@@ -56,6 +57,11 @@ class Part:
         if (code := self._process.poll()) is not None:
             how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
             raise PartFailed(f"{self.name} ended {how}{self.log_tail()}")
+
+    def rotate_log(self) -> None:
+        """Keep the log at two parts of limited length, of which the older one has ".old" after its name."""
+        if self._log is not None and rotate(self._log):
+            self._log_start = 0
 
     def log_tail(self) -> str:
         """The last lines of what this process wrote, as the end of a message."""

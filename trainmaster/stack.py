@@ -32,7 +32,7 @@ class Stack:
     """Context manager: everything answers when it is entered, nothing is left when it is left.
 
     `own_redis`: the home's own server instead of the one in the settings. `logs`: parts write to
-    HOME/logs/*.log, else to our own output. Raises Mistake where a part does not begin.
+    HOME/logs/*.log, which `check` keeps short, else to our own output. Raises Mistake where a part does not begin.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Stack:
         """
         self._reap_orphans()
         for part in list(self._parts):
+            part.rotate_log()
             if part.name != "redis" and part.ended() and time.monotonic() - part.started_at > RESTART_SECONDS:
                 self._parts.remove(part)
         self._check_parts()

@@ -17,6 +17,7 @@ from shutil import disk_usage
 from gptcore.curves import extend
 from gptcore.events import Failed, Finished, JsonlReport, Notice, last_event
 from gptcore.locks import open_lock, shared, take
+from gptcore.rotation import older_log
 from gptcore.rundir import RunDir, write_atomically
 from gptcore.spec import AnySpec, PublishSpec, SpecError, parse_spec, read_spec
 from worker import processes, trainer
@@ -364,7 +365,7 @@ class Launcher:
 def _tail(log: Path, lines: int) -> list[str]:
     """The last lines that the trainer printed."""
     text = b""
-    for part in (processes.older_log(log), log):
+    for part in (older_log(log), log):
         if part.exists() and lines:
             with part.open("rb") as file:
                 file.seek(max(0, part.stat().st_size - 16_384))

@@ -1,7 +1,6 @@
 """A trainer's processes: started so that none outlives its launcher, found and killed to the last one."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,13 +13,12 @@ import psutil
 
 from gptcore.locks import holder
 from gptcore.procs import die_with_parent
+from gptcore.rotation import rotate
 from worker.job import Ticket
 
 # in the environment of every process of an attempt: ranks are in sessions of their own, and once
 # torchrun is gone nothing else ties them together
 JOB, ATTEMPT, SLOT, HOME = "TRAINMASTER_JOB", "TRAINMASTER_ATTEMPT", "TRAINMASTER_SLOT", "TRAINMASTER_HOME"
-
-LOG_BYTES = 32 * 2**20  # of one part of an attempt's log: on a slow disk it is copied within a lease
 
 
 class Tree:
@@ -58,7 +56,7 @@ class Tree:
 
     def alive(self) -> bool:
         """Whether any process of it lives; kills those whose time is over, and rotates the log."""
-        _rotate(self._log)
+        rotate(self._log)
         left = []
         if self._process.poll() is not None:
             # looking through all processes costs milliseconds: only once the first has gone. The others
@@ -68,24 +66,6 @@ class Tree:
         if time.monotonic() > self._kill_at:
             kill(*living(**self._marks))
         return bool(left) or self._process.poll() is None
-
-
-def older_log(log: Path) -> Path:
-    """Where the part before is kept, once a log became too long."""
-    return log.with_name(f"{log.name}.old")
-
-
-def _rotate(log: Path) -> None:
-    """Once a log is longer than LOG_BYTES, move what it holds into its older part, which is replaced.
-
-    Its writers keep it open, so it is copied and then emptied: what they print in between is lost. A disk too full for
-    the copy loses all of it.
-    """
-    with suppress(OSError):
-        if log.stat().st_size > LOG_BYTES:
-            with suppress(OSError):
-                shutil.copyfile(log, older_log(log))
-            os.truncate(log, 0)
 
 
 def living(**marks: str) -> Iterator[psutil.Process]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gptcore.rotation import LOG_BYTES, older_log
 from tests.conftest import wait_until
 from tests.trainmaster.conftest import Start, line, processes_of, run
 from trainmaster import Client
@@ -145,6 +146,10 @@ def test_a_job_goes_on_when_the_stack_is_started_again(start_up: StartUp, home: 
 
 def test_a_part_that_dies_ends_the_stack_and_its_log_says_why(start_up: StartUp, home: Path) -> None:
     up, _ = start_up()
+    logs = [home / "logs" / f"{part}.log" for part in ("redis", "api", "worker")]
+    for log in logs:  # all that they print in months
+        os.truncate(log, LOG_BYTES + 1)
+    wait_until(lambda: all(older_log(log).exists() and log.stat().st_size < LOG_BYTES for log in logs))
     (redis,) = [p for p in processes_of(home) if p.cwd() == str(home / "redis")]
     redis.kill()
     said = up.communicate(timeout=30)[0]

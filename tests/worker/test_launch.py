@@ -21,6 +21,7 @@ from rq.serializers import JSONSerializer
 
 from gptcore.events import Finished, JsonlReport, Notice, PhaseChanged, Scored, parse_event, read_lines
 from gptcore.plan import Hardware, plan
+from gptcore.rotation import older_log
 from gptcore.rundir import RunDir
 from gptcore.spec import parse_spec
 from tests.conftest import status_changes, wait_until
@@ -33,7 +34,7 @@ from worker.hold import ASK_SECONDS, Hold
 from worker.job import Job, JobError, Ticket, new_job_id
 from worker.keys import KEYS
 from worker.launch import Launcher
-from worker.processes import Tree, older_log
+from worker.processes import Tree
 from worker.progress import Progress
 from worker.rest import ship_lost
 from worker.settings import Settings
@@ -322,7 +323,7 @@ def test_a_trainer_that_hangs_shows_where_and_is_followed_by_another_attempt(
 
 
 def test_a_log_that_grows_too_long_keeps_one_older_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.processes.LOG_BYTES", 1000)
+    monkeypatch.setattr("gptcore.rotation.LOG_BYTES", 1000)
     log, proceed = tmp_path / "train.log", tmp_path / "proceed"
     program = f"for part in 1 2; do seq -f part-$part-%g 200; until rm {proceed}; do sleep 0.05; done; done; echo end"
     ticket = Ticket(job_id=new_job_id(), attempt=1, node_rank=0, slot="a-0")
