@@ -27,13 +27,13 @@ from api.hub import Hub
 from api.monitoring import Monitor, Observed
 from api.routes import STATIC, Services, router
 from api.series import RunCache
+from api.shared_answers import COMPRESSION
 from worker.connection import AWAY
 from worker.keyring import KeyRing
 from worker.schema import Schema, SchemaTooNew
 from worker.settings import Settings
 from worker.store import Store
 
-COMPRESSION = 4  # of 9: half the time of the highest for some percent more bytes
 UNCOMPRESSED = (*DEFAULT_EXCLUDED_CONTENT_TYPES, "application/octet-stream")
 GRACE_SECONDS = 5  # for requests under way; streams are ended at once
 

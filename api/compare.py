@@ -2,11 +2,11 @@
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from api.problems import Refusal
@@ -17,6 +17,7 @@ from gptcore.spec import Problem
 
 router = APIRouter(responses=PROBLEMS, tags=["runs"])
 MOST_JOBS = 20
+LOSSES: list[Key] = ["train_loss", "val_loss"]
 PARTED_STEPS = 4096  # compared at a time
 Axis = Literal["step", "tokens", "seconds"]
 
@@ -45,6 +46,7 @@ class Comparison(BaseModel):
 
 @router.get("/compare", response_model=Comparison)
 async def compare(
+    request: Request,
     services: With,
     job: Annotated[list[str], Query(description="ids; two or more", min_length=1, max_length=MOST_JOBS)],
     keys: Annotated[
@@ -57,10 +59,18 @@ async def compare(
     if len(set(job)) < 2:
         problem = Problem(pointer="/query/job", message=f"job {job} names one job; name another one to compare it with")
         raise Refusal(422, "invalid_parameter", problem.message, [problem])
-    found = await services.read(
-        _compare, services, [*dict.fromkeys(job)], keys or ("train_loss", "val_loss"), by, max_points
-    )
-    return Response(found.model_dump_json(), media_type="application/json")
+    job_ids, shown = [*dict.fromkeys(job)], keys or LOSSES
+
+    def version() -> Hashable:
+        for one in job_ids:
+            services.store.require_job(one)
+        return tuple(services.run(one).version() for one in job_ids)
+
+    def read() -> bytes:
+        return _compare(services, job_ids, shown, by, max_points).model_dump_json().encode()
+
+    question = ("compare", by, max_points, *job_ids, *shown)
+    return await services.shared.answer(request, question, lambda: services.read(version), lambda: services.read(read))
 
 
 def _compare(services: Services, job_ids: Sequence[str], keys: Sequence[Key], by: Axis, max_points: int) -> Comparison:

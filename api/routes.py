@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,6 +21,7 @@ from api.planning import Planned
 from api.problems import ProblemDetails, Refusal
 from api.repeat import EXAMPLES, Submission, plan_of
 from api.series import EVENT_TYPES, Key, Metrics, ResultKey, RunCache, Sparkline, csv_header, csv_rows
+from api.shared_answers import SharedAnswers
 from api.stream import LOG_TAIL_BYTES, event_stream, log_stream, logs_of
 from gptcore.dataset import BUILTIN, list_datasets
 from gptcore.events import Event
@@ -53,6 +54,7 @@ class Services:
     hub: Hub
     monitor: Monitor
     run: RunCache
+    shared: SharedAnswers = field(default_factory=SharedAnswers)
     slow_reads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(SLOW_READS))
 
     async def read(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
@@ -260,15 +262,33 @@ async def metrics(
         await run_in_threadpool(services.store.get_job, job_id)
         return event_stream(services.hub, job_id, after or "0-0", EVENT_TYPES)
 
+    window = {"from_step": from_step, "to_step": to_step, "max_points": max_points or DEFAULT_POINTS}
+    if _accepts(request, "text/csv"):
+        return await _table(services, job_id, keys, window, is_whole=max_points is None)
+
+    def version() -> Hashable:
+        services.store.require_job(job_id)
+        return services.run(job_id).version()
+
+    def read() -> bytes:
+        return services.run(job_id).metrics(keys, **window).model_dump_json().encode()
+
+    question = ("metrics", job_id, *(keys or []), *window.values())
+    return await services.shared.answer(request, question, lambda: services.read(version), lambda: services.read(read))
+
+
+async def _table(
+    services: Services, job_id: str, keys: list[str] | None, window: dict[str, int | None], is_whole: bool
+) -> Response:
+    """Return CSV: every point, in pieces, or thinned as JSON is."""
+
     def read() -> Response | Iterator[str]:
-        services.store.get_job(job_id)
-        run, as_table = services.run(job_id), _accepts(request, "text/csv")
-        if as_table and max_points is None:
-            return run.table(keys, from_step, to_step)
-        found = run.metrics(keys, from_step=from_step, to_step=to_step, max_points=max_points or DEFAULT_POINTS)
-        if as_table:
-            return PlainTextResponse(csv_header(found.series) + csv_rows(found.series), media_type="text/csv")
-        return Response(found.model_dump_json(), media_type="application/json")
+        services.store.require_job(job_id)
+        run = services.run(job_id)
+        if is_whole:
+            return run.table(keys, window["from_step"], window["to_step"])
+        found = run.metrics(keys, **window)
+        return PlainTextResponse(csv_header(found.series) + csv_rows(found.series), media_type="text/csv")
 
     answer = await services.read(read)
     return answer if isinstance(answer, Response) else _streamed_table(services, answer)

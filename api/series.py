@@ -226,10 +226,14 @@ class Run:
             series = {key: self._curve(key).points(**window) for key in keys or self._all_keys()}
             return Metrics(job_id=self._run_dir.path.name, last_event_id=self._last_event_id, series=series)
 
+    def version(self) -> tuple[tuple[int, int], ...]:
+        """Return each attempt's number and bytes of events: what is read is the same while this is the same."""
+        return tuple((attempt.number, attempt.events.stat().st_size) for attempt in self._reported())
+
     def sparkline(self) -> Sparkline:
         """Both losses in few points. While no event comes, it is kept, though the curves may not be."""
         with self._lock:
-            state = [(attempt.number, attempt.events.stat().st_size) for attempt in self._reported()]
+            state = self.version()
             if self._sparkline is None or self._sparkline[0] != state:
                 self._read_on()
                 losses = (self._curve(key).points(max_points=SPARKLINE_POINTS) for key in ("train_loss", "val_loss"))

@@ -108,6 +108,11 @@ class Store(Connected):
             raise JobNotFound(job_id)
         return jobs[0]
 
+    def require_job(self, job_id: str) -> None:
+        """Raises JobNotFound. Reads less than `get_job`."""
+        if not self._redis.exists(KEYS["job"] + job_id):
+            raise JobNotFound(job_id)
+
     def statuses(self, job_ids: Sequence[str]) -> dict[str, str]:
         """Return the status of each of these jobs that exists, without the rest of its record."""
         pipeline = self._redis.pipeline(transaction=False)
