@@ -317,10 +317,11 @@ class Store(Connected):
     # ---- nodes and slots
 
     def register_node(self, node: Node) -> None:
-        """Make a node known and hold its lease; also how its record changes."""
+        """Write a node's record and renew its lease. Forget the nodes that were not seen for an hour."""
         slots = sorted(node.slots, key=lambda slot: slot.hardware.ranks)
         offer = [node.runs_root, [(slot.id, slot.hardware.ranks, slot.hardware.device) for slot in slots]]
-        self._run("register", node.id, node.model_dump_json(), node.pool, json.dumps(offer), LEASE_SECONDS)
+        args = (node.model_dump_json(), node.pool, json.dumps(offer), LEASE_SECONDS, FORGET_NODE_SECONDS)
+        self._run("register", node.id, *args)
 
     def retire_node(self, node_id: str) -> None:
         """End a node's lease now: nothing new is placed on it."""
@@ -336,18 +337,15 @@ class Store(Connected):
         raise NodeNotFound(node_id)
 
     def list_nodes(self) -> list[Node]:
-        """Every node known, live or not, by id. One not seen for an hour is forgotten."""
+        """Return every node seen in the last hour, live or not, by id. Only reads."""
         now = self._now()
         leases = dict(self._redis.zrange(KEYS["node_leases"], 0, -1, withscores=True))
         records, owners = self._redis.hgetall(KEYS["nodes"]), self._redis.hgetall(KEYS["owners"])
         drained = self._redis.smembers(KEYS["drained"])
         nodes = []
         for node_id, until in sorted(leases.items()):
-            if until < now - FORGET_NODE_SECONDS:
-                self._redis.zrem(KEYS["node_leases"], node_id)
-                self._redis.hdel(KEYS["nodes"], node_id)
-                continue
-            if node_id not in records:  # Redis lost it, as where it evicts keys; its agent says it again
+            # a record may be missing, as where Redis evicts keys; its agent writes it again
+            if until < now - FORGET_NODE_SECONDS or node_id not in records:
                 continue
             node = json.loads(records[node_id])
             node["slots"] = [slot | {"job_id": owners.get(slot["id"])} for slot in node["slots"]]

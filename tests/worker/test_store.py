@@ -463,6 +463,14 @@ def test_a_dead_node_gets_no_job_and_offers_no_hardware(store: Store) -> None:
     assert [n.live for n in store.list_nodes()] == [False]
 
 
+def test_a_node_not_seen_for_an_hour_is_forgotten_by_an_agent_and_not_by_who_reads(store: Store) -> None:
+    store.register_node(node("gone", 1))
+    store._redis.zadd(KEYS["node_leases"], {"gone": store._now() - 3601})
+    assert store.list_nodes() == [] and store._redis.hexists(KEYS["nodes"], "gone")
+    store.register_node(node("here", 1))
+    assert store._redis.hkeys(KEYS["nodes"]) == store._redis.zrange(KEYS["node_leases"], 0, -1) == ["here"]
+
+
 def test_a_waiting_job_says_what_it_needs_and_since_when(store: Store) -> None:
     store.register_node(node("a", 1, 2))
     wide, first, second = submit(store, resources={"nodes": 2}), submit(store), submit(store)
