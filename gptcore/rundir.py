@@ -24,12 +24,20 @@ def home() -> Path:
 def resolve_home(given: str) -> Path:
     """Return the home that `given` names, by default ~/.trainmaster, without symbolic links: one home has one spelling.
 
-    Raises ValueError where the user has no home directory.
+    Raises ValueError if the user has no home directory, or if symbolic links form a loop.
     """
+    path = Path(given or "~/.trainmaster")
+    way_out = "set TRAINMASTER_HOME to a folder that this user can write"
     try:
-        return Path(given or "~/.trainmaster").expanduser().resolve()
+        expanded = path.expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{error}; set TRAINMASTER_HOME to a folder that this user can write") from error
+        raise ValueError(
+            f"{path} names no folder, because there is no such user or home directory; {way_out}"
+        ) from error
+    try:
+        return expanded.resolve()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is a loop of symbolic links; {way_out}") from error
 
 
 def runs_root() -> Path:

@@ -68,10 +68,18 @@ def test_a_home_under_two_spellings_is_one_node(tmp_path: Path) -> None:
     assert one == other and node_id(one) == node_id(other)
 
 
+def test_a_home_of_links_in_a_circle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "home").symlink_to(tmp_path / "home")
+    with pytest.raises(
+        BadSetting, match=r"home.*(loop of|levels of) symbolic links.*; set TRAINMASTER_HOME to a folder"
+    ):
+        Settings.from_environment({"TRAINMASTER_HOME": str(tmp_path / "home")}).make_home()
+
+
 def test_a_user_without_a_home_directory_is_told_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 54321)  # not in /etc/passwd
-    with pytest.raises(BadSetting, match="set TRAINMASTER_HOME to a folder"):
+    with pytest.raises(BadSetting, match=r"^~/.trainmaster names no folder, .*; set TRAINMASTER_HOME to a folder"):
         Settings.from_environment({})
     for home in ("/proc/.trainmaster", "/etc/passwd"):  # as HOME=/ is to most users; a file
         with pytest.raises(BadSetting, match=f"{home} cannot be written .*; set TRAINMASTER_HOME"):
