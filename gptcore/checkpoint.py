@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +54,19 @@ def list_checkpoints(run: RunDir) -> list[Checkpoint]:
 
 
 class Saver:
-    """Saves in the background on rank 0, one at a time, and reports it; keeps the newest ones and the best."""
+    """Saves in the background on rank 0, one at a time, and reports it; keeps the newest ones and the best.
 
-    def __init__(self, run: RunDir, spec: TrainSpec, attempt: int, report: Report):
+    lost: called with the step of a checkpoint that could not be written.
+    """
+
+    def __init__(
+        self, run: RunDir, spec: TrainSpec, attempt: int, report: Report,
+        lost: Callable[[int], None] = lambda step: None,
+    ):  # fmt: skip
         self._run, self._spec, self._attempt = run, spec, attempt
-        self._report = report
+        self._report, self._lost = report, lost
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._running: tuple[int, Future[Checkpointed]] | None = None  # the step saved
+        self._writing: list[tuple[int, Future[Checkpointed | None]]] = []  # by step, in the order of their writing
 
     def save(
         self, state: TrainState, weights: dict[str, Tensor], optimizer: dict[str, Tensor], extra: dict[str, Any]
@@ -69,41 +76,56 @@ class Saver:
         meta = {"state": state.model_dump(), "spec": self._spec.model_dump(mode="json"), **extra}
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in weights.items()}
         moments = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in optimizer.items()}
-        writing = self._pool.submit(self._write, state.step, meta, copies, moments, state.best_step)
-        self._running = state.step, writing
+        writing: Future[Checkpointed | None] = self._pool.submit(
+            self._write, state.step, meta, copies, moments, state.best_step
+        )
+        self._writing.append((state.step, writing))
 
     def poll(self) -> None:
-        """Report a save that has ended."""
-        if self._running is not None and self._running[1].done():
-            self.wait()
+        """Report what has been written meanwhile."""
+        while self._writing and self._writing[0][1].done():
+            self._take_first(needed=False)
 
     def wait(self, needed: bool = False) -> None:
-        """Wait for the save under way, if any, and report it.
+        """Wait until all is written, and report it.
 
         Raises OSError if it failed and is `needed`, or is that of the last step: no later save makes up for it.
         """
-        if self._running is None:
-            return
-        (step, writing), self._running = self._running, None
+        while self._writing:
+            self._take_first(needed)
+
+    def _take_first(self, needed: bool) -> None:
+        step, writing = self._writing.pop(0)
         try:
             saved = writing.result()
         except OSError as error:
-            message = f"checkpoint at step {step} not saved, the older ones stand: {error}"
+            written = bool(_of_step(self._run, step))
+            what = "result of the evaluation" if written else "checkpoint"
+            message = f"{what} at step {step} not saved, the older ones stand: {error}"
             self._report(Notice(level="warning", message=message))
+            if not written:
+                self._lost(step)
             if needed or step == self._spec.max_steps:
                 raise
         else:
-            self._report(saved)
+            if saved is not None:
+                self._report(saved)
 
     def amend(self, state: TrainState) -> None:
-        """Put a newer state beside the weights of the same step, also an earlier attempt's, once their save is done."""
-        self.wait()
+        """Put a newer state beside the weights of the same step, also an earlier attempt's, once their save is done.
+
+        Waits for nothing: the state of now is written after the save under way.
+        """
+        self._writing.append((state.step, self._pool.submit(self._amend, state.model_copy())))
+
+    def _amend(self, state: TrainState) -> None:
         for checkpoint in _of_step(self._run, state.step)[-1:]:
             meta = checkpoint.meta() | {"state": state.model_dump()}
             write_atomically(checkpoint.path / "state.json", json.dumps(meta))
 
     def has(self, step: int) -> bool:
-        return bool(_of_step(self._run, step))
+        """Whether the weights of `step` are on disk or being written."""
+        return any(writing == step for writing, _ in self._writing) or bool(_of_step(self._run, step))
 
     def close(self) -> None:
         self.wait()

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,7 +16,11 @@ from torch.utils import deterministic
 from gptcore.failure import Unavailable
 from gptcore.spec import refusal
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# how long a collective waits for a rank that does not come. Before training, ranks may compile and download for minutes
+# at different speeds; in training a rank that is late by this much hangs.
+START_TIMEOUT = timedelta(minutes=30)
+TRAINING_TIMEOUT = timedelta(minutes=10)
+HEARTBEAT_SECONDS = 5.0  # far below both
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,44 @@ class Dist:
         if self.world_size > 1:
             c10d.all_reduce(tensor)
         return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank. All ranks must call."""
+        return bool(self.sum(torch.full((), float(flag), device=self.device)))
+
+    def run_on_first(self, work: Callable[[], object]) -> None:
+        """Run `work` on rank 0 while the other ranks wait, however long it takes. All ranks must call.
+
+        The ranks exchange a heartbeat meanwhile, so that slow work is not taken for a rank that hangs. Raises on rank 0
+        what `work` raises.
+        """
+        if self.world_size == 1:
+            work()
+        elif self.first:
+            self._run_with_heartbeat(work)
+        else:
+            while not self.any(False):
+                pass
+
+    def _run_with_heartbeat(self, work: Callable[[], object]) -> None:
+        with ThreadPoolExecutor(1, initializer=self._use_device) as pool:
+            running = pool.submit(work)
+            done = False
+            while not done:
+                done = bool(wait([running], HEARTBEAT_SECONDS).done)
+                self.any(done)
+        running.result()
+
+    def _use_device(self) -> None:
+        """Make this rank's GPU the current one of a new thread, where it would be the first."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def limit_waits(self, timeout: timedelta) -> None:
+        """Let collectives wait at most this long from now on. All ranks must call."""
+        if self.world_size > 1:
+            c10d.barrier()  # none is under way under the limit of before
+            c10d.distributed_c10d._set_pg_timeout(timeout)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable value, on all ranks."""
@@ -74,7 +118,7 @@ def start(device: str, threads: int | None = None) -> Dist:
         if threads := threads or int(os.environ.get("OMP_NUM_THREADS") or 0):
             torch.set_num_threads(threads)
     if world_size > 1:
-        c10d.init_process_group("nccl" if device == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        c10d.init_process_group("nccl" if device == "cuda" else "gloo", timeout=START_TIMEOUT)
     return Dist(rank, local_rank, world_size, place)
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,21 @@ def _score(
     task: str, process: Process[EvalSpec], subject: Trained | HubFolder, scorer: Scorer, dist: Dist, step: int
 ) -> Scored:
     if task == "val_loss":
-        return _score_val_loss(process.spec, subject, scorer, dist, step)
+        return _score_val_loss(process.spec, subject, scorer, dist, step, process.is_stopped)
     examples = int(task.partition("@")[2] or 0)
     try:
         items = load_items(datasets_root(), "validation")[: process.spec.limit]
         pool = load_items(datasets_root(), "train") if examples else []
     except FileNotFoundError as error:
         raise refusal("/tasks", str(error)) from error
-    return evaluate(items, scorer, dist, step, examples, pool, process.heed)
+    return evaluate(items, scorer, dist, step, examples, pool, process.is_stopped)
 
 
 @torch.no_grad()
-def _score_val_loss(spec: EvalSpec, subject: Trained | HubFolder, scorer: Scorer, dist: Dist, step: int) -> Scored:
+def _score_val_loss(
+    spec: EvalSpec, subject: Trained | HubFolder, scorer: Scorer, dist: Dist, step: int,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Scored:  # fmt: skip
     began, trained = time.perf_counter(), subject.spec if isinstance(subject, Trained) else None
     name = spec.dataset or (trained.data.dataset if trained else None)
     if name is None:
@@ -103,7 +107,8 @@ def _score_val_loss(spec: EvalSpec, subject: Trained | HubFolder, scorer: Scorer
     if not windows.count:
         raise refusal("/dataset", f"no shard of dataset {name!r} to validate on holds {windows.block_size + 1} tokens")
     asked = spec.eval_tokens or (trained.evaluate.eval_tokens if trained else 10_485_760)
-    val_loss = validation_loss(scorer.loss, windows, asked, max(1, scorer.most_tokens // windows.block_size), dist)
+    batch = max(1, scorer.most_tokens // windows.block_size)
+    val_loss = validation_loss(scorer.loss, windows, asked, batch, dist, is_stopped)
     of = f":{name}" if trained and name != trained.data.dataset else ""
     results = {
         f"val_loss{of}": val_loss,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gptcore.data import Windows
 from gptcore.dist import Dist
+from gptcore.failure import Interrupted
 from gptcore.loss import IGNORED
 from gptcore.tokenizer import load_tokenizer
 
@@ -22,17 +23,23 @@ def val_windows(windows: Windows, eval_tokens: int) -> int:
 
 
 def validation_loss(
-    loss_of: LossFunction, windows: Windows, eval_tokens: int, micro_batch_size: int, dist: Dist
-) -> float:
+    loss_of: LossFunction, windows: Windows, eval_tokens: int, micro_batch_size: int, dist: Dist,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> float:  # fmt: skip
     """Mean loss in nats a token over the first windows of the split, shared by the ranks.
 
     All batches have one shape (the last is padded with targets that do not count), so a compiled
     `loss_of` is never compiled again.
+
+    is_stopped: asked between batches. If it is true on any rank, all raise Interrupted together.
     """
     count = val_windows(windows, eval_tokens)
     mine = np.arange(dist.rank, count, dist.world_size)
-    total = torch.zeros(2, dtype=torch.float64, device=dist.device)  # loss · windows, windows
+    total = torch.zeros(3, dtype=torch.float64, device=dist.device)  # loss · windows, windows, ranks that stopped
     for start in range(0, len(mine), micro_batch_size):
+        if is_stopped():
+            total[2] = 1
+            break
         indices = mine[start : start + micro_batch_size]
         tokens, targets = windows.read(indices)
         missing = micro_batch_size - len(indices)
@@ -42,7 +49,9 @@ def validation_loss(
         loss = loss_of(tokens.to(dist.device), targets.to(dist.device))
         total[0] += loss.detach().double() * len(indices)
         total[1] += len(indices)
-    loss_sum, windows_seen = dist.sum(total).tolist()
+    loss_sum, windows_seen, stopped = dist.sum(total).tolist()
+    if stopped:
+        raise Interrupted
     return float(loss_sum / windows_seen)
 
 

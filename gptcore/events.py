@@ -90,6 +90,15 @@ class Evaluated(EventBase):
     seconds: float
 
 
+class BestReverted(EventBase):
+    """The weights of `lost_step`, which an evaluation had found best, could not be saved: `step` is the best again."""
+
+    type: Literal["best_reverted"] = "best_reverted"
+    lost_step: int
+    step: int | None  # null: there is none
+    val_loss: float | None
+
+
 class Scored(EventBase):
     """A task's results by name: hellaswag_acc_norm, lm_eval:arc_easy/acc, with @K behind it where K solved
     examples stood before each question. `stderr` has the standard errors that are known."""
@@ -206,7 +215,7 @@ class Failed(EventBase):
 
 
 Event = Annotated[
-    Started | PhaseChanged | Notice | Step | Evaluated | Scored | Sampled | Checkpointed | Skipped
+    Started | PhaseChanged | Notice | Step | Evaluated | BestReverted | Scored | Sampled | Checkpointed | Skipped
     | RolledBack | Resumed | Exported | Verified | Published | Finished | Stopped | Failed,
     Field(discriminator="type"),
 ]  # fmt: skip

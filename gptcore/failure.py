@@ -22,6 +22,10 @@ class Diverged(RuntimeError):
     """The guard went back as often as it may."""
 
 
+class Interrupted(Exception):
+    """A rank saw that the job is to stop; all ranks raise this at the same place."""
+
+
 class Mismatch(RuntimeError):
     """The exported folder is not the model that was trained."""
 

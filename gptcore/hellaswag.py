@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gptcore.dist import Dist
 from gptcore.events import Scored
+from gptcore.failure import Interrupted
 from gptcore.scorer import Scorer
 
 REPO = "Rowan/hellaswag"
@@ -183,18 +184,26 @@ def _row(number: int, context: list[int], endings: list[tuple[int, list[int]]], 
 
 @torch.no_grad()
 def score(
-    questions: Sequence[Question], scorer: Scorer, dist: Dist, between: Callable[[], None] = lambda: None
+    questions: Sequence[Question], scorer: Scorer, dist: Dist, is_stopped: Callable[[], bool] = lambda: False
 ) -> Scores:
-    """Log-probabilities of all endings, the questions shared by the ranks. `between` is called between batches."""
+    """Log-probabilities of all endings, the questions shared by the ranks.
+
+    is_stopped: asked between batches. If it is true on any rank, all raise Interrupted together.
+    """
     mine = [
         row
         for number in range(dist.rank, len(questions), dist.world_size)
         for row in _rows(number, questions[number], scorer.block_size, scorer.packs)
     ]
     logprob = torch.zeros(len(questions), ENDINGS, dtype=torch.float64, device=scorer.device)
+    stopped = False
     for batch in _batches(sorted(mine, key=lambda row: len(row.tokens)), scorer.most_tokens):
-        between()
+        stopped = is_stopped()
+        if stopped:
+            break
         _score_batch(batch, scorer, logprob)
+    if dist.any(stopped):
+        raise Interrupted
     return Scores(
         dist.sum(logprob).cpu(),
         torch.tensor([q.lengths for q in questions], dtype=torch.float64).reshape(-1, ENDINGS),
@@ -236,16 +245,16 @@ def _score_batch(batch: list[_Row], scorer: Scorer, logprob: Tensor) -> None:
 
 def evaluate(
     items: Sequence[Item], scorer: Scorer, dist: Dist, step: int, examples: int = 0, pool: Sequence[Item] = (),
-    between: Callable[[], None] = lambda: None,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> Scored:  # fmt: skip
     """Both conventions; with `examples` solved ones from `pool` before each question only the harness's."""
     began, suffix = time.perf_counter(), f"@{examples}" if examples else ""
     drawn = draw_examples(items, pool, examples) if examples else None
-    scores = score(harness_questions(items, scorer.encode, drawn), scorer, dist, between)
+    scores = score(harness_questions(items, scorer.encode, drawn), scorer, dist, is_stopped)
     results = {f"hellaswag_acc_norm{suffix}": scores.accuracy}
     if not examples:
         questions = completion_questions(items, scorer.encode)
-        results["hellaswag_completion"] = score(questions, scorer, dist, between).accuracy
+        results["hellaswag_completion"] = score(questions, scorer, dist, is_stopped).accuracy
     stderr = {name: math.sqrt(p * (1 - p) / max(1, len(items) - 1)) for name, p in results.items()}
     seconds = time.perf_counter() - began
     task = f"hellaswag{suffix}"

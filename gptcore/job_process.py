@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from gptcore.events import Finished, Report, Started, Stopped
-from gptcore.failure import reporting
+from gptcore.failure import Interrupted, reporting
 from gptcore.locks import shared
 from gptcore.procs import die_with_parent
 from gptcore.rundir import Attempt, RunDir
@@ -33,6 +33,9 @@ class Process(Generic[SpecType]):
         """Raises Told where the job is to stop; called as often as a person's patience wants."""
         if word := self.attempt.told():
             raise Told(word)
+
+    def is_stopped(self) -> bool:
+        return bool(self.attempt.told())
 
     def started(self, kind: str, device: str = "cpu", world_size: int = 1) -> None:
         versions = {"python": platform.python_version()}
@@ -60,4 +63,6 @@ def run_job(
                 report(finished)
         except Told as told:
             report(Stopped.model_validate({"step": 0, "reason": str(told)}))
+        except Interrupted:  # another rank may have seen the stop file first
+            report(Stopped.model_validate({"step": 0, "reason": attempt.told() or "pause"}))
     return 0

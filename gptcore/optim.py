@@ -107,7 +107,7 @@ class Muon(Eager):
     is divided by the root of its mean square so far, and the whole is as large as before (NorMuon, Li et al. 2025).
 
     Each matrix has an owner rank that alone keeps its moments and computes its update; the new
-    weights are then shared. Matrices of one shape are orthogonalised in one batch.
+    weights are then shared. Matrices of one shape are orthogonalised in one batch. Owners have about equal work.
     """
 
     grad_scale: Tensor | None = None  # what gradients are divided by, as in torch's fused AdamW
@@ -118,19 +118,26 @@ class Muon(Eager):
     ):  # fmt: skip
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._dist, self._beta2 = dist, beta2
+        self._owners = {
+            parameter: rank
+            for group in self.param_groups
+            for parameter, rank in zip(
+                group["params"], share_evenly([_work(p) for p in group["params"]], dist.world_size), strict=True
+            )
+        }
         # bfloat16 suffices, but a CPU that cannot multiply it imitates it, up to 15 times slower
         self._dtype = torch.bfloat16 if multiplies_bf16(dist.device) else torch.float32
 
-    def owner(self, index: int) -> int:
-        """The rank that updates the index-th matrix of its group."""
-        return index % self._dist.world_size
+    def owner(self, parameter: Tensor) -> int:
+        """Return the rank that updates this matrix."""
+        return self._owners[parameter]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
-            for index, parameter in enumerate(group["params"]):
-                if self.owner(index) == self._dist.rank:
+            for parameter in group["params"]:
+                if self.owner(parameter) == self._dist.rank:
                     by_shape[parameter.shape].append(parameter)
             for parameters in by_shape.values():
                 self._update(parameters, group)
@@ -142,7 +149,7 @@ class Muon(Eager):
         assert len(grads) == len(parameters), "a hidden matrix without a gradient"
         if self.grad_scale is not None:
             torch._foreach_div_(grads, self.grad_scale)
-        moments = [self._moments(p) for p in parameters]
+        moments = [self.moments(p) for p in parameters]
         buffers = [each["momentum_buffer"] for each in moments]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         nesterov = torch._foreach_lerp(grads, buffers, momentum)
@@ -153,7 +160,8 @@ class Muon(Eager):
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
         torch._foreach_add_(parameters, updates.unbind(), alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
-    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the owner's state of a matrix, made when it is first asked for."""
         state: dict[str, Tensor] = self.state[parameter]
         if len(state) < (1 if self._beta2 is None else 2):
             state.update(self.no_moments(parameter) | state)
@@ -169,9 +177,24 @@ class Muon(Eager):
     def _share(self, parameters: list[Tensor]) -> None:
         if self._dist.world_size == 1:
             return
-        sent = [c10d.broadcast(p.data, src=self.owner(i), async_op=True) for i, p in enumerate(parameters)]
+        sent = [c10d.broadcast(p.data, src=self.owner(p), async_op=True) for p in parameters]
         for work in sent:
             work.wait()
+
+
+def _work(matrix: Tensor) -> int:
+    """Return the multiplications of a Newton–Schulz step: two products with the longer side, one without."""
+    short, long = sorted(matrix.shape)
+    return short * short * (2 * long + short)
+
+
+def share_evenly(work: list[int], ranks: int) -> list[int]:
+    """Return a rank for each piece of work: the largest first, each to the rank that has the least so far."""
+    owners, loads = [0] * len(work), [0] * ranks
+    for index in sorted(range(len(work)), key=lambda i: -work[i]):
+        owners[index] = min(range(ranks), key=loads.__getitem__)
+        loads[owners[index]] += work[index]
+    return owners
 
 
 def _within_neurons(matrices: Tensor) -> int:
@@ -211,14 +234,27 @@ def optimizer_tensors(model: nn.Module, optimizers: Optimizers, dist: Dist) -> d
     tensors: dict[str, Tensor] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            for index, parameter in enumerate(group["params"]):
+            for parameter in group["params"]:
                 state = optimizer.state[parameter]
-                if isinstance(optimizer, Muon) and dist.world_size > 1:
-                    state = {name: state.get(name, zero) for name, zero in optimizer.no_moments(parameter).items()}
-                    for moment in state.values():
-                        c10d.broadcast(moment, src=optimizer.owner(index))
+                if isinstance(optimizer, Muon) and (owner := optimizer.owner(parameter)) != 0:
+                    if dist.rank == owner:
+                        moments = optimizer.moments(parameter)
+                        _send([moments[name] for name in optimizer.no_moments(parameter)])  # in the receiver's order
+                    state = _receive(optimizer.no_moments(parameter), owner) if dist.first else {}
                 tensors |= {f"{names[parameter]}|{key}": value for key, value in state.items()}
     return tensors if dist.first else {}
+
+
+def _send(moments: list[Tensor]) -> None:
+    for moment in moments:
+        c10d.send(moment, 0)
+
+
+def _receive(moments: dict[str, Tensor], owner: int) -> dict[str, Tensor]:
+    """Return what the owner sends, in the CPU's memory: together the moments may be more than a GPU has room for."""
+    for moment in moments.values():
+        c10d.recv(moment, owner)
+    return {name: moment.cpu() for name, moment in moments.items()}
 
 
 def load_optimizer_tensors(model: nn.Module, optimizers: Optimizers, dist: Dist, tensors: dict[str, Tensor]) -> None:
@@ -230,8 +266,8 @@ def load_optimizer_tensors(model: nn.Module, optimizers: Optimizers, dist: Dist,
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            for index, parameter in enumerate(group["params"]):
-                if isinstance(optimizer, Muon) and optimizer.owner(index) != dist.rank:
+            for parameter in group["params"]:
+                if isinstance(optimizer, Muon) and optimizer.owner(parameter) != dist.rank:
                     continue
                 optimizer.state[parameter] = {
                     key: value.to(parameter.device, copy=True) for key, value in saved[names[parameter]].items()

@@ -22,6 +22,7 @@ LOSS_CHUNK_ELEMENTS = 2**27
 GPU_LOSS_CHUNK_ELEMENTS = 2**29  # in bfloat16 and with their gradient 2 GiB; smaller matrices multiply slower
 CPU_MICRO_BATCH_TOKENS = 8192
 GPU_MICRO_BATCH_TOKENS = 65_536
+NOTABLE_CHECKPOINT_BYTES = 2**30  # smaller ones take a disk no time to speak of
 
 
 class Hardware(BaseModel, frozen=True):
@@ -274,6 +275,12 @@ def _checkpoint_bytes(spec: TrainSpec, counts: Parameters) -> int:
 
 def _warnings(spec: TrainSpec, not_exportable_because: str) -> list[str]:
     found = []
+    checkpoint_bytes = _checkpoint_bytes(spec, count_parameters(spec.model))
+    if spec.evaluate.every_steps % spec.checkpoint.every_steps and checkpoint_bytes >= NOTABLE_CHECKPOINT_BYTES:
+        found.append(
+            f"each evaluation saves its weights too, {checkpoint_bytes / 2**30:.1f} GiB every "
+            f"{spec.evaluate.every_steps} steps beside a checkpoint every {spec.checkpoint.every_steps}"
+        )
     if not_exportable_because:
         found.append(
             f"no stock transformers class holds this model, so it cannot be exported: {not_exportable_because}"

@@ -19,7 +19,7 @@ from gptcore import events, guard, hellaswag
 from gptcore.checkpoint import Checkpoint, Saver, best_checkpoint, list_checkpoints, set_weights
 from gptcore.data import Batch, Prefetcher, Sequence
 from gptcore.dataset import Dataset
-from gptcore.dist import Dist
+from gptcore.dist import TRAINING_TIMEOUT, Dist
 from gptcore.evaluate import bits_per_byte, val_windows, validation_loss
 from gptcore.export import export_model
 from gptcore.failure import Diverged, is_out_of_memory
@@ -63,11 +63,12 @@ class Trainer:
     hellaswag_items: list[hellaswag.Item]  # none where the spec asks for none
     state: TrainState = field(default_factory=TrainState)
     replayed: dict[int, float] = field(default_factory=dict)  # losses of steps that ran before
+    best_before: tuple[float | None, int | None] = (None, None)  # loss and step, until the newest best was found
     signalled: bool = False
     started_at: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self.saver = Saver(self.run, self.spec, self.attempt.number, self.report)
+        self.saver = Saver(self.run, self.spec, self.attempt.number, self.report, self._revert_best)
         self.parameters = list(self.model.parameters())
         trace = self.run.path / "profile" / f"rank-{self.dist.rank}-a{self.attempt.number:04d}.json"
         self.tracer = Tracer(self.spec.profile_steps, trace)
@@ -87,6 +88,7 @@ class Trainer:
         signal.signal(signal.SIGINT, self._on_signal)
         self._warm_up()
         self._resume()
+        self.dist.limit_waits(TRAINING_TIMEOUT)
         self._phase("training")
         stop = self._step_until_done()
         if stop:
@@ -142,8 +144,7 @@ class Trainer:
         lr = set_lr(self.optimizers, state.step, spec.optim, spec.max_steps)
         loss, data_wait_seconds = self._accumulate_gradients()
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = get_total_norm(grads)
-        train_loss, grad_norm, stop = self._agree(loss, norm)
+        norm, train_loss, grad_norm, stop = self._agree(loss, get_total_norm(grads))
         refused = guard.judge(state, train_loss, grad_norm, spec.optim.spike_sigmas)
         if refused is None:
             clip = spec.optim.grad_clip
@@ -182,14 +183,21 @@ class Trainer:
         loss.backward()
         return loss.detach()
 
-    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float, Any]:
-        """Mean loss over the ranks, the gradients' norm, why to stop: the step's only wait for the device."""
+    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, float, float, Any]:
+        """The gradients' norm, on the device; mean loss over the ranks, the norm once more, why to stop: the step's
+        only wait for the device.
+
+        The norm is rank 0's on all ranks. Each has the same averaged gradients, but another kind of GPU may add them up
+        in another order, and ranks that clip or refuse differently drift apart for ever. Times zero, the norm of
+        another rank that is not finite makes the sum not finite: the update is refused everywhere.
+        """
         told = self.attempt.told() if self.dist.first else ""
         code = STOPS.index(told if told in STOPS else "pause")
         # filled on the device: a tensor made of a Python number is copied there, and the copy waits for it
-        words = torch.stack((loss, torch.full_like(loss, code), torch.full_like(loss, self.signalled)))
-        total, code, signals, grad_norm = torch.cat((self.dist.sum(words), norm.to(loss).view(1))).tolist()
-        return total / self.dist.world_size, grad_norm, STOPS[int(code)] or ("pause" if signals else None)
+        own_norm = norm.to(loss) * float(self.dist.first)
+        words = torch.stack((loss, torch.full_like(loss, code), torch.full_like(loss, self.signalled), own_norm))
+        total, code, signals, grad_norm = self.dist.sum(words).tolist()
+        return words[3], total / self.dist.world_size, grad_norm, STOPS[int(code)] or ("pause" if signals else None)
 
     def _on_signal(self, signum: int, frame: object) -> None:
         self.signalled = True
@@ -198,7 +206,7 @@ class Trainer:
 
     def _roll_back(self, reason: str) -> None:
         """To the last checkpoint's weights and step, and on from the data behind the bad batches."""
-        self.saver.wait()
+        self.dist.run_on_first(self.saver.wait)
         bad, rollbacks = self.state, self.state.rollbacks + 1
         checkpoint = self._newest_checkpoint()
         if checkpoint is None or rollbacks > guard.MAX_ROLLBACKS:
@@ -321,16 +329,19 @@ class Trainer:
     # --- looking at the model
 
     def _evaluate(self) -> None:
-        """Validation loss; the checkpoint of this step learns of it, and whether it is the best."""
+        """Validation loss; the checkpoint of this step learns of it, and whether it is the best.
+
+        Training goes on while that checkpoint is still being written. If it cannot be, `_revert_best` takes the
+        decision back: weights that were not saved are of no use as the best.
+        """
         self._phase("evaluating")
         began, state = time.perf_counter(), self.state
         asked = self.spec.evaluate.eval_tokens
         val_loss = validation_loss(self._loss, self.val, asked, self.planned.micro_batch_size, self.dist)
-        self.saver.wait()
-        # weights that were not saved, the disk being full, are of no use as the best
         best = math.isfinite(val_loss) and (not self.dist.first or self.saver.has(state.step))
         best = best and (state.best_val_loss is None or not val_loss >= state.best_val_loss)
         if best:
+            self.best_before = state.best_val_loss, state.best_step
             state.best_val_loss, state.best_step = val_loss, state.step
         state.evaluation_owed = False
         if self.dist.first:
@@ -344,6 +355,12 @@ class Trainer:
             )
         )  # fmt: skip
         self._phase("training")
+
+    def _revert_best(self, step: int) -> None:
+        """Take the best of before, whose checkpoint is kept, once more: that of `step` could not be written."""
+        if self.state.best_step == step:
+            self.state.best_val_loss, self.state.best_step = val_loss, best_step = self.best_before
+            self.report(events.BestReverted(lost_step=step, step=best_step, val_loss=val_loss))
 
     def _score_hellaswag(self) -> None:
         """On a fixed sample of the items, after the last step on all of them."""
@@ -376,16 +393,18 @@ class Trainer:
         return float(self._loss(*self._probe_batch()))
 
     def _sample(self) -> None:
-        asked = self.spec.sample
-        if asked is None or not self.dist.first:
-            return
         self._phase("evaluating")
+        self.dist.run_on_first(self._report_sample)
+        self._phase("training")
+
+    def _report_sample(self) -> None:
+        asked = self.spec.sample
+        assert asked is not None
         tokenizer = load_tokenizer(self.dataset.tokenizer)
         seed = (self.spec.seed * 1_000_003 + self.state.step) % 2**63
         with self._autocast():
             text = sample(self.model, tokenizer, asked.prompt, asked.max_tokens, asked.temperature, seed)
         self.report(events.Sampled(step=self.state.step, prompt=asked.prompt, text=text))
-        self._phase("training")
 
     # --- what it leaves behind
 
@@ -395,6 +414,7 @@ class Trainer:
         The phase says that it is not a step that takes long where a slow disk still writes the one before.
         """
         self._phase("checkpointing")
+        self.dist.run_on_first(self.saver.wait)
         moments = optimizer_tensors(self.model, self.optimizers, self.dist)
         if self.dist.first:
             self.state.probe_loss = self._probe_loss()

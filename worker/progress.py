@@ -50,6 +50,10 @@ class Progress:
                 return self._step(event)
             case events.Evaluated() if event.best:
                 return {"best_checkpoint": BestCheckpoint(step=event.step, val_loss=event.val_loss)}
+            case events.BestReverted():
+                if event.step is None or event.val_loss is None:
+                    return {"best_checkpoint": None}
+                return {"best_checkpoint": BestCheckpoint(step=event.step, val_loss=event.val_loss)}
             case events.Scored():
                 self.results = self.results | event.results
                 return {"results": self.results}

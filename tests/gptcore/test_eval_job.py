@@ -16,6 +16,7 @@ import torch
 from gptcore.dist import Dist
 from gptcore.eval_job import _score_val_loss
 from gptcore.events import Evaluated, Failed, Finished, Scored
+from gptcore.failure import Interrupted
 from gptcore.prepare import prepare
 from gptcore.rundir import RunDir, write_atomically
 from gptcore.sources import jsonl_files
@@ -106,6 +107,19 @@ def test_validation_keeps_nothing_for_gradients(evaluated_home: Path, monkeypatc
     cpu = torch.device("cpu")
     _score_val_loss(spec, subject, subject.scorer(cpu), Dist(0, 0, 1, cpu), 0)
     assert kept == [False]
+
+
+def test_a_stop_is_heeded_in_the_middle_of_a_validation(evaluated_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINMASTER_HOME", str(evaluated_home))
+    spec = parse_spec({"kind": "eval", "name": "e", "source": "source", "tasks": ["val_loss"]})
+    assert isinstance(spec, EvalSpec)
+    subject = find_subject(spec, evaluated_home / "runs", evaluated_home / "datasets")
+    cpu = torch.device("cpu")
+    with pytest.raises(Interrupted):
+        _score_val_loss(spec, subject, subject.scorer(cpu), Dist(0, 0, 1, cpu), 0, lambda: True)
+    monkeypatch.setattr(Dist, "sum", lambda self, tensor: tensor + 1)  # another rank saw the stop
+    with pytest.raises(Interrupted):
+        _score_val_loss(spec, subject, subject.scorer(cpu), Dist(0, 0, 2, cpu), 0, lambda: False)
 
 
 def test_two_ranks_give_what_one_gives(evaluated_home: Path) -> None:

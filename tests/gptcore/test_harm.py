@@ -3,6 +3,7 @@
 import math
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from gptcore.data import Batch
 from gptcore.dataset import read_dataset
 from gptcore.dist import Dist
 from gptcore.events import (
+    BestReverted,
     Evaluated,
     Exported,
     Finished,
     JsonlReport,
     Notice,
+    Report,
     Resumed,
     RolledBack,
     Skipped,
@@ -45,6 +48,7 @@ class Harmed:
     def __init__(self, spec: TrainSpec, home: Path, run: RunDir):
         self.spec, self.home, self.run = resolve(spec, home / "datasets"), home, run
         self.events: list[Any] = []
+        self.report: Report = self.events.append
 
     def attempt(self, bad: dict[int, float], stop_after: int | None = None, word: str = "pause") -> Trainer:
         """bad: loss by the position (sequences consumed) of the batch it happens to."""
@@ -52,7 +56,7 @@ class Harmed:
         dataset = read_dataset(self.home / "datasets", "small")
         assert dataset is not None
         dist = Dist(0, 0, 1, torch.device("cpu"))
-        trainer = build(self.spec, dataset, dist, self.run, attempt, self.events.append)
+        trainer = build(self.spec, dataset, dist, self.run, attempt, self.report)
         healthy = trainer._accumulate_gradients
 
         def accumulate() -> tuple[torch.Tensor, float]:
@@ -153,10 +157,38 @@ def test_the_best_weights_are_some_that_were_saved(harmed: Harmed, monkeypatch: 
     monkeypatch.setattr("gptcore.checkpoint.save_file", on_a_disk_full_for_a_while)
     with pytest.raises(OSError, match="No space left"):  # the last one is not to be lost
         harmed.attempt({})
-    assert [(e.step, e.best) for e in harmed.of_type(Evaluated)] == [(10, True), (20, False), (30, False)]
+    assert [(e.step, e.best) for e in harmed.of_type(Evaluated)] == [(step, True) for step in (10, 20, 30, 40)]
+    reverted = harmed.of_type(BestReverted)
+    assert [(e.lost_step, e.step, e.val_loss) for e in reverted] == [
+        (step, 10, harmed.of_type(Evaluated)[0].val_loss) for step in (20, 30, 40)
+    ]
     monkeypatch.setattr("gptcore.checkpoint.save_file", really)
     assert harmed.attempt({}).state.best_step == 40
     assert [e.step for e in harmed.of_type(Exported)] == [40]
+
+
+def test_training_goes_on_while_the_weights_of_an_evaluation_are_still_written(
+    harmed: Harmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really, trained_on = gptcore.checkpoint.save_file, threading.Event()
+
+    def on_a_slow_disk(*given: Any) -> None:
+        if "step-00000010" in str(given[1]):
+            assert trained_on.wait(20), "no step came before the weights were written"
+        really(*given)
+
+    def see(event: Any) -> None:
+        harmed.events.append(event)
+        if isinstance(event, Step) and event.step == 12:
+            trained_on.set()
+
+    monkeypatch.setattr("gptcore.checkpoint.save_file", on_a_slow_disk)
+    harmed.report = see
+    harmed.attempt({}, stop_after=17)
+    evaluated = harmed.of_type(Evaluated)
+    assert [(e.step, e.best) for e in evaluated] == [(10, True)]
+    [amended] = [c.state() for c in list_checkpoints(harmed.run) if c.step == 10]
+    assert (amended.best_step, amended.best_val_loss, amended.evaluation_owed) == (10, evaluated[0].val_loss, False)
 
 
 @pytest.mark.parametrize("word", ["pause", "cancel"])

@@ -13,6 +13,7 @@ from gptcore.checkpoint import list_checkpoints
 from gptcore.dist import Dist
 from gptcore.events import Evaluated, Failed, Scored, Stopped
 from gptcore.export import export_model
+from gptcore.failure import Interrupted
 from gptcore.scorer import Scorer, score_ours
 from gptcore.tokenizer import load_tokenizer
 from tests.gptcore.conftest import FAMILIES, Trainers, randomised, tiny_model, tiny_spec, wait_for_step
@@ -120,6 +121,16 @@ def test_hellaswag_ranks_share_the_items_and_agree(monkeypatch: pytest.MonkeyPat
     parts = [hellaswag.score(questions, scorer, Dist(rank, rank, 2, torch.device("cpu"))) for rank in (0, 1)]
     assert (sum(part.logprob for part in parts) - whole.logprob).abs().max() < 1e-4
     assert all((part.logprob == 0).all(1).sum() >= 10 for part in parts)
+
+
+def test_hellaswag_ranks_leave_together_when_another_one_saw_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = tiny_scorer("qwen3", "gpt2")
+    questions = hellaswag.harness_questions(make_items(2, seed=3), scorer.encode)
+    with pytest.raises(Interrupted):
+        hellaswag.score(questions, scorer, ALONE, is_stopped=lambda: True)
+    monkeypatch.setattr(Dist, "sum", lambda self, tensor: tensor + 1)  # what the other rank adds
+    with pytest.raises(Interrupted):
+        hellaswag.score(questions, scorer, Dist(0, 0, 2, torch.device("cpu")), is_stopped=lambda: False)
 
 
 def test_hellaswag_is_scored_while_training_and_whole_at_the_end(train: Trainers, home: Path) -> None:

@@ -8,6 +8,7 @@ from gptcore.dist import Dist
 from gptcore.model import GPT
 from gptcore.optim import (
     Muon,
+    _work,
     build_optimizers,
     load_optimizer_tensors,
     lr_factor,
@@ -15,6 +16,7 @@ from gptcore.optim import (
     orthogonalise,
     parameter_groups,
     set_lr,
+    share_evenly,
     update,
 )  # fmt: skip
 from gptcore.spec import OptimSpec
@@ -94,6 +96,15 @@ def test_every_state_is_restored_to_where_its_parameter_lies() -> None:
     optimizer = torch.optim.AdamW(elsewhere.parameters())
     load_optimizer_tensors(elsewhere, [optimizer], ALONE, saved)
     assert {tensor.device.type for state in optimizer.state.values() for tensor in state.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
+def test_muons_owners_have_about_equal_work(ranks: int) -> None:
+    matrices = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]  # of a layer of GPT-2
+    work = [_work(torch.empty(shape, device="meta")) for _ in range(12) for shape in matrices]
+    owners = share_evenly(work, ranks)
+    loads = [sum(w for w, owner in zip(work, owners, strict=True) if owner == rank) for rank in range(ranks)]
+    assert max(loads) <= 1.05 * sum(loads) / ranks
 
 
 def test_muon_takes_the_steps_of_torchs_own() -> None:

@@ -1,0 +1,57 @@
+"""Run under torchrun by a test: rank 0 saves and samples for longer than a collective may wait, and the last rank adds
+up another gradient norm. Each rank writes the hash of its last weights."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptcore import dist as ranks
+from gptcore import train
+from gptcore.checkpoint import Saver
+from gptcore.dataset import read_dataset
+from gptcore.dist import close, start
+from gptcore.plan import resolve
+from gptcore.rundir import RunDir, datasets_root
+from gptcore.setup import build
+from gptcore.spec import TrainSpec, read_spec
+
+LIMIT_SECONDS = 2.0
+
+
+def slow(work: Callable[..., Any]) -> Callable[..., Any]:
+    def slowed(*given: Any, **named: Any) -> Any:
+        time.sleep(1.5 * LIMIT_SECONDS)
+        return work(*given, **named)
+
+    return slowed
+
+
+def main(folder: Path) -> None:
+    run = RunDir(folder)
+    spec = read_spec(run.spec)
+    assert isinstance(spec, TrainSpec)
+    dataset = read_dataset(datasets_root(), "small")
+    assert dataset is not None
+    dist = start("cpu", 1)
+    train.TRAINING_TIMEOUT = timedelta(seconds=LIMIT_SECONDS)  # type: ignore[misc]
+    ranks.HEARTBEAT_SECONDS = 0.2  # type: ignore[misc]
+    Saver.wait = slow(Saver.wait)  # type: ignore[method-assign]
+    train.sample = slow(train.sample)
+    if dist.rank == dist.world_size - 1:
+        total_norm = train.get_total_norm
+        train.get_total_norm = lambda grads: 2 * total_norm(grads)
+    trainer = build(resolve(spec, datasets_root()), dataset, dist, run, run.attempt(1), lambda event: None)
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    (folder / f"rank-{dist.rank}").write_text(hashlib.sha256(weights.numpy().tobytes()).hexdigest())
+    close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
