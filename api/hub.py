@@ -34,13 +34,12 @@ def read_history(store: Store, runs: Path, job_id: str, after: str = "0-0", coun
     Events that Redis keeps no longer come from the run directory, where it is.
     """
     attempt, seq, *_ = place(after)
-    kept, changes = store.read_stream(job_id, f"{attempt}-{seq}", count)
+    kept, changes = store.read_stream(job_id, after, count)
     first = place(kept[0][0]) if kept else (1 << 60,)  # behind every event
     if first != (attempt, seq + 1) and (kept or store.last_event(job_id) == "0-0"):
         lines = (one for one in RunDir(runs / job_id).lines_behind(attempt, seq) if _is_event(one[1]))
         kept = [*islice(takewhile(lambda one: place(one[0]) < first, lines), count), *kept]
-    fresh = [one for one in changes if place(one[0]) > place(after)]
-    return sorted(kept + fresh, key=lambda one: place(one[0]))[:count]
+    return sorted(kept + changes, key=lambda one: place(one[0]))[:count]
 
 
 def _is_event(line: str) -> bool:
@@ -134,7 +133,7 @@ class Hub:
                     yield page
                 elif feed is None:
                     # a client may name what is still to come, and all others would wait for it too
-                    feed = self._join(job_id, min(after, await run_in_threadpool(self._newest, job_id), key=place))
+                    feed = self._join(job_id, min(after, await run_in_threadpool(self.store.newest, job_id), key=place))
                 elif fresh := feed.newer(after):
                     after = fresh[-1].id
                     yield fresh
@@ -148,11 +147,6 @@ class Hub:
 
     def _page(self, job_id: str, after: str) -> list[Message]:
         return [_message(*one) for one in read_history(self.store, self._runs, job_id, after, PAGE_EVENTS)]
-
-    def _newest(self, job_id: str) -> str:
-        """The id of the newest event or change of status."""
-        event = self.store.last_event(job_id)
-        return max([event, *(change_id for change_id, _ in self.store.read_stream(job_id, event, 1)[1])], key=place)
 
     def _join(self, job_id: str, after: str) -> _Feed:
         feed = self._feeds.setdefault(job_id, _Feed(after))

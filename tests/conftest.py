@@ -94,7 +94,7 @@ def store(redis_url: str) -> Iterator[Store]:
 
 def status_changes(store: Store, job_id: str) -> list[StatusChange]:
     """Oldest first; none for a job that does not exist."""
-    return [StatusChange.model_validate_json(text) for _, text in store.read_stream(job_id, "0-0", 1)[1]]
+    return [StatusChange.model_validate_json(text) for _, text in store.read_stream(job_id, "0-0", 10_000)[1]]
 
 
 @pytest.fixture

@@ -72,14 +72,21 @@ def _text(value: object) -> str:
 
 
 def changes_of(entries: list[Any]) -> list[StatusChange]:
-    """A whole stream of status changes."""
+    """Return the changes of status that entries of their stream hold."""
     return [
         StatusChange.model_validate(
-            {"id": f"{fields.get('behind', '0-0')}.{number}", "from_status": fields["from"], "to_status": fields["to"]}
+            {"id": f"{fields.get('behind', '0-0')}.{entry_id.partition('-')[2]}"}
+            | {"from_status": fields["from"], "to_status": fields["to"]}
             | {name: fields[name] for name in ("time", "who", "why")}
         )
-        for number, (_, fields) in enumerate(entries, 1)
+        for entry_id, fields in entries
     ]
+
+
+def change_entry(after: str) -> str:
+    """Return the id that a change at this place has in the stream of status changes: see `add_change` in shared.lua."""
+    attempt, seq, *number = place(after)
+    return f"{attempt * 2**32 + seq}-{number[0] if number else 0}"
 
 
 def place(entry_id: str) -> tuple[int, ...]:

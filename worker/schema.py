@@ -8,7 +8,7 @@ from worker.connection import Connected
 from worker.keys import KEYS, scripts
 from worker.record import job_read, likeness
 
-VERSION = 1  # 1: jobs are listed by indexes
+VERSION = 2  # 1: jobs are listed by indexes; 2: status changes are numbered when they are written
 BATCH = 200  # jobs migrated by one script
 
 log = logging.getLogger(__name__)

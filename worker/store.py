@@ -15,7 +15,7 @@ from worker.connection import Connected
 from worker.doorbell import Doorbell
 from worker.job import Census, Job, JobError, JobPage, Node, Status, Ticket, new_job_id
 from worker.keys import KEYS, scripts
-from worker.record import changes_of, flat, job_of, new_record
+from worker.record import change_entry, changes_of, flat, job_of, new_record, place
 
 LEASE_SECONDS = 12.0  # of an attempt and of a node
 CLAIM_SECONDS = 10.0  # a ticket not started by then is replaced by the next attempt
@@ -289,10 +289,13 @@ class Store(Connected):
         return self.read_stream(job_id, after, count)[0]
 
     def read_stream(self, job_id: str, after: str, count: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-        """(id, JSON) of events behind `after`, and of all status changes: read as one, so that none is between them."""
+        """Return (id, JSON) of the events and of the status changes after `after`, at most `count` of each.
+
+        Both are read in one transaction, so that none comes between them.
+        """
         pipeline = self._redis.pipeline()
-        pipeline.xrange(KEYS["events"] + job_id, f"({after}", "+", count)
-        pipeline.xrange(KEYS["changes"] + job_id)
+        pipeline.xrange(KEYS["events"] + job_id, f"({after.partition('.')[0]}", "+", count)
+        pipeline.xrange(KEYS["changes"] + job_id, f"({change_entry(after)}", "+", count)
         events, changes = pipeline.execute()
         return (
             [(entry_id, fields["event"]) for entry_id, fields in events],
@@ -308,6 +311,11 @@ class Store(Connected):
         newest = self.last_event(job_id)
         event, _, offset = (cursor or "").partition(" ")
         return newest, int(offset) if event == newest else None, json.loads(results or "{}")
+
+    def newest(self, job_id: str) -> str:
+        """Return the id of the newest event or status change; "0-0" if there is none."""
+        changes = changes_of(self._redis.xrevrange(KEYS["changes"] + job_id, count=1))
+        return max([self.last_event(job_id), *(change.id for change in changes)], key=place)
 
     def last_event(self, job_id: str) -> str:
         """The id of the newest event there is; "0-0" where there is none."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gptcore.spec import parse_spec
+from tests.conftest import status_changes
 from tests.worker.conftest import node, start, train_spec
 from worker import agent, schema
 from worker import store as store_module
@@ -145,9 +146,14 @@ def test_jobs_of_an_older_version_are_listed_after_an_upgrade_that_was_killed(
 ) -> None:
     kinds = ("index", "readers", "alike", "waiting", "pools", "totals")
     keys = [key for key in store._redis.scan_iter() if any(key.startswith(KEYS[kind]) for kind in kinds)]
+    changes_before = {job.id: status_changes(store, job.id) for job in jobs}
     listed_before = {key: store._redis.dump(key) for key in keys if KEYS["index"] + "owner" not in key}
     store._redis.delete(*keys)
     for job in jobs:
+        entries = store._redis.xrange(KEYS["changes"] + job.id)
+        store._redis.delete(KEYS["changes"] + job.id)
+        for _, fields in entries:
+            store._redis.xadd(KEYS["changes"] + job.id, fields)
         store._redis.hdel(KEYS["job"] + job.id, "owner", "likeness", "reads")
     monkeypatch.setattr(schema, "BATCH", 5)
 
@@ -164,6 +170,7 @@ def test_jobs_of_an_older_version_are_listed_after_an_upgrade_that_was_killed(
         one.bring_up_to_date()
         one.bring_up_to_date()
     assert {key: store._redis.dump(key) for key in listed_before} == listed_before
+    assert {job.id: status_changes(store, job.id) for job in jobs} == changes_before
     assert {job.owner for job in store.list_jobs(owner="local", limit=100).data} == {"local"}
     assert store._redis.hgetall(KEYS["schema"]) == {"version": str(schema.VERSION)}
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
@@ -20,6 +21,7 @@ from worker.connection import AWAY, TakesNoWrites, connect
 from worker.follow import follow_events
 from worker.job import TRANSITIONS, JobError, Status, new_job_id
 from worker.keys import KEYS
+from worker.record import place
 from worker.store import (
     LEASE_SECONDS,
     NOT_DUE,
@@ -420,16 +422,17 @@ def test_a_follower_gets_every_event_and_ends_with_the_job(store: Store) -> None
         store.ship(job_id, 1, "1-49", [("1-50", "last")], {})
         store.finish(job_id, 1, "succeeded", "", who="t", fields={})
 
-    async def follow() -> list[tuple[str, str] | None]:
-        return [item async for item in follow_events(store.url, job_id, "1-1", quiet_seconds=0.1)]
+    async def follow(after: str) -> list[tuple[str, str] | None]:
+        return [item async for item in follow_events(store.url, job_id, after, quiet_seconds=0.1)]
 
     writer = threading.Thread(target=write)
     writer.start()
     began = time.monotonic()
-    items = asyncio.run(follow())
+    items = asyncio.run(follow("1-1"))
     writer.join()
     assert [item[0] for item in items if item] == [*(f"1-{seq}" for seq in range(2, 51)), "1-50.4"]
     assert None in items and time.monotonic() - began < 5
+    assert asyncio.run(asyncio.wait_for(follow("1-50.4"), 5)) == []  # the end was given before
 
 
 def test_following_an_unknown_job_is_refused(store: Store) -> None:
@@ -1013,3 +1016,28 @@ def test_a_record_of_unknown_status_is_deleted_without_being_cancelled(store: St
     store._redis.hset(KEYS["job"] + parent, "status", "resting")
     store.delete_job(parent)
     assert [(job.id, job.status) for job in store.list_jobs().data] == [(child, "cancelled")]
+
+
+def test_what_fails_again_and_again_is_noted_once_and_is_read_from_where_a_client_was(store: Store) -> None:
+    store.register_node(node("a", 1))
+    job_id, seen, after = submit(store), list[str](), "0-0"
+    for attempt in range(1, 30):
+        change(store, job_id, "not_before", store._now() - 1)
+        store._redis.delete(KEYS["deaf"])
+        assert store.reserve("default") == 1
+        (ticket,) = store.outbox()
+        store.clear_outbox(ticket)
+        assert store.claim(ticket, "boot")
+        if attempt == 20:
+            store.ship(job_id, attempt, "0-0", [(f"{attempt}-1", "{}")], {})
+        store.lose(job_id, attempt, 0, JobError(reason="disk_full", message="no room"), who="t")
+        fresh = store.read_stream(job_id, after, 1000)[1]
+        seen += [change_id for change_id, _ in fresh]
+        after = seen[-1]
+    kept = status_changes(store, job_id)
+    assert len(seen) == 1 + 2 * 29 and seen == sorted(set(seen), key=place)
+    assert len(kept) < 15 and [change.id for change in kept] == [one for one in seen if one in {c.id for c in kept}]
+    assert all(before.to_status == next_one.from_status for before, next_one in pairwise(kept))
+    assert store.newest(job_id) == kept[-1].id == seen[-1]
+    later = store.read_stream(job_id, "20-1", 1000)[1]
+    assert [one for one, _ in later] == [change.id for change in kept if place(change.id) > (20, 1)]

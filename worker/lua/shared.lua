@@ -117,11 +117,47 @@ local function newest(id)
   return found and found[1] or '0-0'
 end
 
--- Writes a change of status into the job's stream, and on the job how long its last recovery took.
+-- Where an event stands among all of its job: exact, as no attempt has four thousand million.
+local function place_of(event)
+  local attempt, seq = string.match(event, '^(%d+)-(%d+)$')
+  return attempt * 2 ^ 32 + seq
+end
+
+-- The fields of an entry of a stream.
+local function fields_of(entry)
+  local fields = {}
+  for index = 1, #entry[2], 2 do fields[entry[2][index]] = entry[2][index + 1] end
+  return fields
+end
+
+-- Adds a change of status to the job's stream. Its entry's id is {place of the newest event}-{number of the change}, so
+-- that who was given an event or a change reads on right behind it. What happens again and again with no event between
+-- (a disk that stays full, tickets that nobody takes) is kept once, and of all changes the newest thousand or so.
+local function add_change(id, from, to, who, why)
+  local key, behind, number = K.changes .. id, newest(id), 0
+  local place = place_of(behind)
+  local last = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 3)
+  if last[1] then
+    local before, last_number = string.match(last[1][1], '^(%d+)-(%d+)$')
+    number = tonumber(last_number)
+    if tonumber(before) > place then  -- Redis may have forgotten the events
+      place, behind = tonumber(before), fields_of(last[1]).behind or behind
+    end
+  end
+  if #last == 3 then
+    local one, two, three = fields_of(last[3]), fields_of(last[2]), fields_of(last[1])
+    local repeats = one.from == three.from and one.to == three.to and two.from == from and two.to == to
+    if repeats and one.behind == behind then redis.call('XDEL', key, last[3][1], last[2][1]) end
+  end
+  local entry = string.format('%.0f-%d', place, number + 1)
+  redis.call('XADD', key, 'MAXLEN', '~', 1000, entry, 'time', stamp(now()), 'from', from, 'to', to, 'who', who,
+    'why', why, 'behind', behind)
+end
+
+-- Notes a change of status, and on the job how long its last recovery took.
 local function note(id, from, to, who, why)
   local job, time = K.job .. id, now()
-  redis.call('XADD', K.changes .. id, '*', 'time', stamp(time), 'from', from, 'to', to, 'who', who, 'why', why,
-    'behind', newest(id))
+  add_change(id, from, to, who, why)
   if to == 'recovering' then redis.call('HSET', job, 'recovering_at', stamp(time)) end
   local lost_at = to == 'running' and redis.call('HGET', job, 'recovering_at')
   if lost_at then

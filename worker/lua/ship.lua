@@ -8,23 +8,17 @@ local leased = holds(id, holder)
 local left = tonumber(count) > 0 and redis.call('SISMEMBER', K.unshipped, id) == 1
 if not leased and not (left and redis.call('HGET', K.job .. id, 'attempt') == holder) then return false end
 
--- where an event stands among all: exact, as no attempt has four thousand million
-local function place(event)
-  local attempt, seq = string.match(event, '^(%d+)-(%d+)$')
-  return attempt * 2 ^ 32 + seq
-end
-
 local known = newest(id)
-if place(before) > place(known) then return known end
+if place_of(before) > place_of(known) then return known end
 local behind = 7 + 2 * tonumber(count)
 for index = 8, behind, 2 do
-  if place(ARGV[index]) > place(known) then
+  if place_of(ARGV[index]) > place_of(known) then
     redis.call('XADD', K.events .. id, 'MAXLEN', '~', most, ARGV[index], 'event', ARGV[index + 1])
   end
 end
 -- a status that the table forbids now (someone asked to cancel meanwhile) is passed over
 if leased and to ~= '' then move(id, to, who, '') end
-local new = behind == 7 or place(ARGV[behind - 1]) > place(known)
+local new = behind == 7 or place_of(ARGV[behind - 1]) > place_of(known)
 if new and #ARGV > behind then redis.call('HSET', K.job .. id, unpack(ARGV, behind + 1)) end
 if not leased then redis.call('HDEL', K.job .. id, 'eta_seconds', 'phase') end
 return 'shipped'
