@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from gptcore.prepare import prepare
 from gptcore.rundir import RunDir, write_atomically
 from gptcore.sources import text_files
 from gptcore.spec import ModelSpec, TrainSpec, parse_spec
+from tests.conftest import free_port, wait_until
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["gptcore.setup", "gptcore.train"])
@@ -137,36 +139,55 @@ class Trainers:
         return run
 
     def __call__(self, spec: TrainSpec, name: str = "run", ranks: int = 1, **environment: str) -> Trained:
-        """Train to the end. One rank is forked from a process that has imported torch, which saves it seconds."""
+        """Train to the end. Without an environment of their own, ranks are forked: see `fork`."""
         run = self.make(spec, name)
-        if ranks == 1 and not environment:
-            return self._forked(run)
+        if not environment:
+            return self.fork(run, ranks)
         process = self.start(run, ranks, **environment)
         output, _ = process.communicate(timeout=240)
         return Trained(run, process.returncode, output)
 
-    def _forked(self, run: RunDir) -> Trained:
+    def fork(self, run: RunDir, ranks: int = 1, module: str = "gptcore.train") -> Trained:
+        """Run `python -m {module} RUN` in ranks forked from a process that has imported torch, which saves seconds.
+
+        They get what torchrun tells its ranks. As there, all end when one fails, and its exit code is the answer.
+        """
         output = self.folder / f"{run.path.name}.output"
-        process = FORK.Process(target=_train, args=(run.path, self.home, output))
-        process.start()
-        process.join(240)
-        assert process.exitcode is not None, output.read_text()
-        return Trained(run, process.exitcode, output.read_text())
+        given = {"TRAINMASTER_HOME": str(self.home), "OMP_NUM_THREADS": "1"}
+        if ranks > 1:
+            port = str(free_port())
+            given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": port}
+            given |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+        processes = [FORK.Process(target=_run_module, args=(module, run.path, given | its, output)) for its in own]
+        for process in processes:
+            process.start()
+        try:
+            wait_until(lambda: any(p.exitcode for p in processes) or all(p.exitcode == 0 for p in processes), 240)
+            code = next((p.exitcode for p in processes if p.exitcode), 0)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return Trained(run, code, output.read_text())
 
 
-def _train(run: Path, home: Path, output: Path) -> None:
-    """In a process of its own: what `python -m gptcore.train RUN` does, printing into `output`."""
-    from gptcore.setup import main
-
-    with output.open("w") as file:
+def _run_module(module: str, run: Path, environment: dict[str, str], output: Path) -> None:
+    """In a process of its own: what `python -m {module} RUN` does, printing to the end of `output`."""
+    with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ |= {"TRAINMASTER_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    sys.argv = ["gptcore.train", str(run)]
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # multiprocessing would turn the code of an exit into its own
+    os.environ |= environment
+    sys.argv = [module, str(run)]
+    code: object = 0
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(int(code) if isinstance(code, int) else 1)  # multiprocessing would turn the code into its own
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Run under torchrun by a test: the averaged gradients of the first step, written by rank 0."""
+"""Run in several ranks by a test: the averaged gradients of the first step, written by rank 0."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run under torchrun by a test: the last rank has room for four sequences only; each rank writes what it uses."""
+"""Run in several ranks by a test: the last rank has room for four sequences only; each rank writes what it uses."""
 
 import sys
 from pathlib import Path
