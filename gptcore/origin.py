@@ -14,12 +14,13 @@ from torch import Tensor
 from gptcore.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
 from gptcore.dataset import Tokenizer, tokenizer_of_checkpoint
 from gptcore.export import VOCAB_TABLES
-from gptcore.failure import Unavailable
+from gptcore.failure import Unavailable, may_pass
 from gptcore.init_check import refuse_another_config, refuse_another_tokenizer, tokenizer_refusal
+from gptcore.model import GPT
 from gptcore.native import native_tensors
 from gptcore.plan import refuse_another_run
 from gptcore.rundir import RunDir, datasets_root
-from gptcore.scorer import load_encode
+from gptcore.scorer import files_at_fault, load_encode
 from gptcore.spec import HUB_PREFIX, InitSpec, ModelSpec, TrainSpec, refusal
 from gptcore.tokenizer import PROBE, tokenizer_difference
 
@@ -44,7 +45,9 @@ def load_origin(spec: TrainSpec, init: InitSpec, runs: Path, tokenizer: Tokenize
         refuse_another_config(init.source, spec.model, (folder / "config.json").read_bytes())
         if difference := tokenizer_difference(_tokens_of_probe(init.source, folder), tokenizer):
             raise tokenizer_refusal(init.source, spec, difference, tokenizer)
-        return Origin(import_weights(spec.model, _safetensors(folder)), None)
+        tensors = _safetensors(init.source, folder)
+        _refuse_other_tensors(init.source, spec.model, tensors)
+        return Origin(import_weights(spec.model, tensors), None)
     checkpoints = list_checkpoints(RunDir(folder))
     if not checkpoints:
         raise _refusal(f"{init.source} has neither config.json nor a complete checkpoint in {folder}")
@@ -69,16 +72,20 @@ def locate(source: str, runs: Path, pointer: str) -> Path:
     if source.startswith(HUB_PREFIX):
         import httpx2
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
         repo, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
         wanted = ["*.json", "*.safetensors", "merges.txt", "tokenizer.model"]
         try:
             return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted))
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise refusal(pointer, f"{source} is not on the Hub, or HF_TOKEN may not read it: {error}") from error
-        except (LocalEntryNotFoundError, httpx2.TransportError) as error:
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.TransportError) as error:
             raise Unavailable(f"the Hub does not give {source}: {error}") from error
+        except HfHubHTTPError as error:
+            if may_pass(error):
+                raise Unavailable(f"the Hub does not give {source}: {error}") from error
+            raise refusal(pointer, f"{source} is not on the Hub, or HF_TOKEN may not read it: {error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # a name or an answer that makes no sense
+            raise refusal(pointer, f"the Hub's answer about {source} cannot be used: {error!r}") from error
     folder = (runs / source).resolve()
     if not folder.is_relative_to(runs.resolve()) or not folder.is_dir():
         message = f"{source} is no folder of {runs}; give a job's id, a folder there, or hf://owner/name"
@@ -89,21 +96,47 @@ def locate(source: str, runs: Path, pointer: str) -> Path:
 _refusal = partial(refusal, "/init_from/source")
 
 
-def _safetensors(folder: Path) -> dict[str, Tensor]:
+def _safetensors(source: str, folder: Path) -> dict[str, Tensor]:
+    """Return all tensors of a folder, without GPT-2's prefix. Raises SpecError if there are none, or not readable."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(path)
+        with files_at_fault(f"{path.name} of {source} cannot be read", "/init_from/source"):
+            tensors |= load_file(path)
     if not tensors:
         raise _refusal(f"{folder} holds no *.safetensors; convert the weights with transformers' save_pretrained")
-    return tensors
+    return {_plain(name): tensor for name, tensor in tensors.items()}
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("transformer.")
+
+
+def _refuse_other_tensors(source: str, model: ModelSpec, tensors: dict[str, Tensor]) -> None:
+    """Raise SpecError if a tensor is missing or has not the shape that config.json promises."""
+    with torch.device("meta"):  # shapes alone, no memory
+        ours = dict(GPT(model).named_parameters(remove_duplicate=False))
+    problems = []
+    for native in native_tensors(model):
+        shapes = [list(ours[name].shape) for name in native.ours]
+        if native.ours[0] in VOCAB_TABLES:
+            shapes[0][0] = model.vocab_size or 0  # without our padding
+        wanted = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+        wanted = wanted[::-1] if native.turned else wanted
+        found = tensors.get(_plain(native.name))
+        if found is None:
+            problems.append(f"{native.name} is missing")
+        elif list(found.shape) != wanted:
+            problems.append(f"{native.name} has shape {list(found.shape)}, not {wanted}")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise _refusal(f"the tensors of {source} are not those of its config.json: {'; '.join(problems[:3])}{more}")
 
 
 def import_weights(model: ModelSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A native class's tensors by our names, float32, the vocabulary padded with zeros."""
-    tensors = {name.removeprefix("transformer."): tensor.float() for name, tensor in tensors.items()}
+    """Return a native class's tensors by our names, float32, the vocabulary padded with zeros."""
     out: dict[str, Tensor] = {}
     for native in native_tensors(model):
-        tensor = tensors[native.name.removeprefix("transformer.")]
+        tensor = tensors[_plain(native.name)].float()
         tensor = tensor.t() if native.turned else tensor
         out |= dict(zip(native.ours, tensor.chunk(len(native.ours)), strict=True))
     for table in VOCAB_TABLES:

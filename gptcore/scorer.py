@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
+from gptcore.failure import may_pass
 from gptcore.model import GPT
 from gptcore.plan import LOSS_CHUNK_ELEMENTS
-from gptcore.presets import shown
-from gptcore.spec import refusal
-from gptcore.tokenizer import Tokenizer
+from gptcore.spec import SpecError, refusal
+from gptcore.tokenizer import PROBE, Tokenizer
 
 BATCH_TOKENS = 16_384
+PROBE_TOKENS = 8
 NO_LIMIT = 2048  # tokens, of a model that could take any number
 
 
@@ -61,24 +61,34 @@ def load_encode(folder: Path, pointer: str, special: bool = False) -> Callable[[
     """
     from transformers import AutoTokenizer
 
-    with _files_at_fault(folder, pointer):
+    with files_at_fault(f"transformers cannot load {folder}", pointer):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return lambda text: tokenizer.encode(text, add_special_tokens=special)
 
 
 @contextmanager
-def _files_at_fault(folder: Path, pointer: str) -> Iterator[None]:
-    """Turn what `transformers` raises over files that it cannot load into a SpecError."""
+def files_at_fault(problem: str, pointer: str) -> Iterator[None]:
+    """Turn what a library raises over files that it cannot use into a SpecError, "{problem}: …".
+
+    Libraries raise anything over a hostile file, and Rust's raise a PanicException, which is not an Exception. What has
+    another cause passes: a full or broken disk, a GPU without memory, the Hub.
+    """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError,
-            RuntimeError, SafetensorError) as error:  # fmt: skip
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        has_other_cause = isinstance(error, SpecError | torch.OutOfMemoryError) or (
+            isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        )
+        if has_other_cause or not (isinstance(error, Exception) or is_panic) or may_pass(error):
             raise
-        message = f"transformers cannot load {folder}: {type(error).__name__}: {shown(str(error))}"
-        raise refusal(pointer, message) from error
+        raise refusal(pointer, f"{problem}: {type(error).__name__}: {_short(str(error))}") from error
+
+
+def _short(text: str) -> str:
+    """Return the text on one line, without its middle if it is long: files may put megabytes into a message."""
+    line = " ".join(text[:10_000].split())
+    return line if len(line) <= 400 else f"{line[:200]} … {line[-200:]}"
 
 
 def load_model(name: Path | str, dtype: torch.dtype | str) -> Any:
@@ -98,10 +108,13 @@ def load_model(name: Path | str, dtype: torch.dtype | str) -> Any:
 def score_folder(folder: Path, device: torch.device) -> Scorer:
     """Return a Hub folder's model by stock `transformers` in float32. Raises SpecError if it cannot be loaded."""
     encode = load_encode(folder, "/source", special=True)
-    with _files_at_fault(folder, "/source"):
+    with files_at_fault(f"transformers cannot load {folder}", "/source"):
         model = load_model(folder, torch.float32)
     model.to(device).eval()
-    config = model.config
+    with files_at_fault(f"{folder} holds no model of text that can be scored", "/source"):
+        block_size = _whole(model.config, "max_position_embeddings", NO_LIMIT)
+        vocab_size = _whole(model.config, "vocab_size")
+        _try_out(model, encode(PROBE)[: min(block_size, PROBE_TOKENS)], vocab_size, device)
 
     def logits_at(tokens: Tensor, positions: Tensor, mask: Tensor | None, rows: Tensor, columns: Tensor) -> Tensor:
         assert mask is None
@@ -111,6 +124,21 @@ def score_folder(folder: Path, device: torch.device) -> Scorer:
         return F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
 
     return Scorer(
-        encode, logits_at, loss, getattr(config, "max_position_embeddings", NO_LIMIT), config.vocab_size,
-        packs=False, device=device,
+        encode, logits_at, loss, block_size, vocab_size, packs=False, device=device
     )  # fmt: skip
+
+
+def _whole(config: Any, name: str, default: int | None = None) -> int:
+    """Return a number of a config. Raises ValueError unless it is a whole one above 0."""
+    value = getattr(config, name, default)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} in its config.json is {value!r}; wanted a whole number above 0")
+    return value
+
+
+@torch.no_grad()
+def _try_out(model: Any, tokens: list[int], vocab_size: int, device: torch.device) -> None:
+    """Raise an error if the model gives no logits (1, T, vocab_size) for a few tokens."""
+    logits = model(torch.tensor([tokens], device=device)).logits
+    if logits.shape != (1, len(tokens), vocab_size):
+        raise ValueError(f"its logits have shape {tuple(logits.shape)}, not {(1, len(tokens), vocab_size)}")

@@ -157,8 +157,13 @@ def _from_tables(
             kind = str(table.schema_arrow.field(field).type)
             if not kind.removeprefix("dictionary<values=").startswith(("string", "large_string")):
                 raise ValueError(f"{name}: column {field!r} holds {kind}, not text; name another")
-            for row, text in _rows(table, field, skip):
-                yield Document(f"{known_as}:{row}", text)
+            try:
+                for row, text in _rows(table, field, skip):
+                    yield Document(f"{known_as}:{row}", text)
+            except (pyarrow.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+                    raise  # the disk or the Hub; Arrow's own has no number
+                raise ValueError(f"{name} is damaged: {error}") from error
             skip = max(0, skip - table.metadata.num_rows)
 
 
