@@ -61,6 +61,15 @@ class Services:
         """Run what reads run directories in one of few threads of its own: all other requests keep theirs."""
         return await to_thread.run_sync(function, *arguments, limiter=self.slow_reads)
 
+    async def read_jobs(self, request: Request, question: Hashable, read: Callable[[], str]) -> Response:
+        """Answer with the JSON that `read` returns, read once for all who ask while no job changes."""
+        return await self.shared.answer(
+            request,
+            question,
+            lambda: run_in_threadpool(self.store.revision),
+            lambda: run_in_threadpool(lambda: read().encode()),
+        )
+
 
 def _services(request: Request) -> Services:
     services: Services = request.app.state.services
@@ -163,7 +172,8 @@ def plan(submission: Sent, services: With) -> Planned:
 
 
 @router.get("/jobs", response_model=JobPage, tags=["jobs"])
-def jobs(
+async def jobs(
+    request: Request,
     services: With,
     status: Status | None = None,
     kind: Literal["train", "prepare", "eval", "publish"] | None = None,
@@ -174,34 +184,40 @@ def jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(description="a page's `next`")] = None,
     view: Annotated[Literal["full", "summary"], Query(description="summary: without `spec` and `plan`")] = "full",
-) -> JobPage | Response:
+) -> Response:
     """Jobs, newest first. A page may hold fewer than `limit`, or none, and still have more behind its `next`."""
     filters = {"status": status, "kind": kind, "label": label, "name": name, "owner": owner}
-    page = services.store.list_jobs(**filters, parent_job_id=parent_job_id, limit=limit, after=after)
-    if view == "full":
-        return page
-    text = page.model_dump_json(exclude={"data": {"__all__": {"spec", "plan"}}})
-    return Response(text, media_type="application/json")
+
+    def read() -> str:
+        page = services.store.list_jobs(**filters, parent_job_id=parent_job_id, limit=limit, after=after)
+        return page.model_dump_json(exclude={"data": {"__all__": {"spec", "plan"}}} if view == "summary" else None)
+
+    question = ("jobs", *filters.values(), parent_job_id, limit, after, view)
+    return await services.read_jobs(request, question, read)
 
 
 @router.get("/sparklines", response_model=dict[str, Sparkline], tags=["runs"])
 async def sparklines(
+    request: Request,
     services: With,
     job: Annotated[list[Annotated[str, Query(pattern=_JOB_ID)]], Query(min_length=1, max_length=100)],
 ) -> Response:
     """Return the losses of several runs in at most 80 points per curve, by job id: for lists. Both curves are empty for
     a job that has reported no loss, or that does not exist."""
 
-    def read() -> Response:
-        found = {one: services.run(one).sparkline() for one in job}
-        return Response(_SPARKLINES.dump_json(found), media_type="application/json")
+    def version() -> Hashable:
+        return tuple(services.run(one).version() for one in job)
 
-    return await services.read(read)
+    def read() -> bytes:
+        return _SPARKLINES.dump_json({one: services.run(one).sparkline() for one in job})
+
+    question = ("sparklines", *job)
+    return await services.shared.answer(request, question, lambda: services.read(version), lambda: services.read(read))
 
 
-@router.get("/jobs/{job_id}", tags=["jobs"])
-def job(job_id: str, services: With) -> Job:
-    return services.store.get_job(job_id)
+@router.get("/jobs/{job_id}", response_model=Job, tags=["jobs"])
+async def job(job_id: str, request: Request, services: With) -> Response:
+    return await services.read_jobs(request, ("job", job_id), lambda: services.store.get_job(job_id).model_dump_json())
 
 
 @router.delete("/jobs/{job_id}", status_code=204, tags=["jobs"])

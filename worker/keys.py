@@ -21,6 +21,7 @@ KEYS = {
     "pools": "trainmaster:pools",  # set of the pools that have such jobs
     "totals": "trainmaster:totals",  # hash: jobs ever started, and how many seconds they waited for that
     "schema": "trainmaster:schema",  # hash: version of all these keys, and how far a migration to it came
+    "revision": "trainmaster:revision",  # when a script last ran that may have changed a job: answers are kept by it
     "number": "trainmaster:number",  # counter behind those numbers
     "idempotency": "trainmaster:idempotency:",  # + key: hash of job and body's sha256, 24 h
     "deleted": "trainmaster:deleted:",  # + id: a week long, for a launcher that was cut off and comes back
@@ -51,6 +52,9 @@ KEYS = {
     "doorbell": "trainmaster:doorbell:",  # + pool: channel, something to place
 }
 
+# scripts that change nothing that a job shows; `reserve` says itself when it does
+SHOW_NOTHING = ("list", "census", "renew", "register", "retire", "reserve")
+
 
 def scripts() -> dict[str, str]:
     """The source of each `lua/{name}.lua`, with the names and the helpers that all scripts share."""
@@ -59,7 +63,9 @@ def scripts() -> dict[str, str]:
     lines = [f"local {table} = {_in_lua(value)}" for table, value in tables.items()]
     parts = {file.name.removesuffix(".lua"): file.read_text("utf-8") for file in (files("worker") / "lua").iterdir()}
     before = "\n".join([*lines, parts.pop("shared")])
-    return {name: f"{before}\n{text}" for name, text in parts.items()}
+    # at the start: the script is executed as a whole, and may return anywhere
+    first = {name: "" if name in SHOW_NOTHING else "touch()" for name in parts}
+    return {name: f"{before}\n{first[name]}\n{text}" for name, text in parts.items()}
 
 
 def _in_lua(value: object) -> str:

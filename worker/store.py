@@ -108,6 +108,10 @@ class Store(Connected):
             raise JobNotFound(job_id)
         return jobs[0]
 
+    def revision(self) -> str:
+        """Return another text once a job may have changed: its record, its place in a queue, or that it exists."""
+        return self._redis.get(KEYS["revision"]) or ""
+
     def require_job(self, job_id: str) -> None:
         """Raises JobNotFound. Reads less than `get_job`."""
         if not self._redis.exists(KEYS["job"] + job_id):

@@ -4,6 +4,7 @@ import { Chart, Curve, compact, drawSparkline } from "./charts.js";
 import { Refused, ask, follow, openFile, setKey } from "./server.js";
 
 const POLL_MILLISECONDS = 2000;
+const SELDOM = 5; // every so many polls: what seldom changes
 const CURVE_POINTS = 4000;
 const THIN_AGAIN = 20_000; // events after which the curves are fetched anew: a page may be open for days
 const CURVES = ["train_loss", "val_loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_second"];
@@ -181,6 +182,10 @@ async function recentJobs(pages) {
   return [jobs, true];
 }
 
+async function jobsAbout(id) {
+  return (await ask(`/jobs?view=summary&limit=100&parent_job_id=${id}`)).data;
+}
+
 async function refreshWorkers() {
   const slots = (await ask("workers")).filter((node) => node.live).flatMap((node) => node.slots);
   const busy = slots.filter((slot) => slot.job_id).length;
@@ -214,6 +219,7 @@ class RunView {
     this.id = id;
     this.job = null;
     this.aboutIt = []; // jobs: evaluations of this run, and what publishes it
+    this.polled = 0;
     this.curves = null;
     this.complete = false; // whether the curves are all that there will be
     this.stream = null; // what stops it; null: poll() opens one
@@ -504,12 +510,14 @@ async function attempt(action, what = "action") {
 }
 
 let timer = 0;
+let polled = 0;
 
 async function poll() {
   clearTimeout(timer);
   if (!document.hidden) {
     const shown = view;
-    await attempt(() => Promise.all([shown ? shown.refresh() : refreshList(), refreshWorkers()]), "poll");
+    const workers = polled++ % SELDOM === 0 ? [refreshWorkers()] : [];
+    await attempt(() => Promise.all([shown ? shown.refresh() : refreshList(), ...workers]), "poll");
   }
   clearTimeout(timer);
   timer = setTimeout(poll, POLL_MILLISECONDS);

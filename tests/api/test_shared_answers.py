@@ -7,14 +7,16 @@ import gzip
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx2
 import pytest
 from fastapi import Request, Response
 
-from api.series import Metrics, Run
+from api.series import Run
 from api.shared_answers import SharedAnswers
-from tests.api.server import FakeRun, step
+from tests.api.server import FakeRun, Server, step
+from worker.store import Store
 
 REQUEST = Request({"type": "http", "headers": [(b"accept-encoding", b"gzip")]})
 
@@ -70,20 +72,41 @@ def test_many_who_open_a_run_have_it_read_once(
 ) -> None:
     other = new_run()
     run.write(*(step(number) for number in range(1, 100)))
-    read: list[Run] = []
-    metrics = Run.metrics
-
-    def noted(one: Run, *args: object, **window: int | None) -> Metrics:
-        read.append(one)
-        return metrics(one, *args, **window)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Run, "metrics", noted)
+    read: list[Any] = []
+    monkeypatch.setattr(Run, "metrics", noting(read, Run.metrics))
     path = path.format(run=run.id, other=other.id)
     with ThreadPoolExecutor(10) as pool:
         answers = [*pool.map(lambda _: http.get(path), range(20))]
     assert {one.status_code for one in answers} == {200} and len({one.text for one in answers}) == 1
-    assert len(read) == len({id(one) for one in read})
+    assert len(read) == len({id(one[0]) for one in read})
     plain = http.get(path, headers={"Accept-Encoding": "identity"})
     assert "Content-Encoding" not in plain.headers and plain.text == answers[0].text
     run.write(step(100), ship=False)
     assert http.get(path).text != answers[0].text
+
+
+@pytest.mark.parametrize("path", ["/jobs?view=summary", "/jobs/{run}"])
+def test_many_who_poll_jobs_have_them_read_once_until_one_changes(
+    server: Server, run: FakeRun, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[object] = []
+    monkeypatch.setattr(Store, "_get_jobs", noting(reads, Store._get_jobs))
+    path = path.format(run=run.id)
+    with ThreadPoolExecutor(10) as pool:
+        answers = [*pool.map(lambda _: server.http.get(path), range(20))]
+    assert {one.status_code for one in answers} == {200} and len({one.text for one in answers}) == 1
+    assert len(reads) == 1
+    run.report(step=7)
+    assert '"step":7' in server.http.get(path).text
+    run.end()
+    server.http.delete(f"/jobs/{run.id}")
+    assert run.id not in server.http.get("/jobs?view=summary").text
+    assert server.http.get(f"/jobs/{run.id}").status_code == 404
+
+
+def noting(calls: list[object], function: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return function(*args, **options)
+
+    return noted

@@ -19,6 +19,7 @@ end
 if not settled(lease) then return 0 end
 redis.call('SET', K.passed .. pool, stamp(time), 'PX', PASS_MS)
 redis.call('DEL', K.rung .. pool)
+touch()
 
 -- ---- nodes
 

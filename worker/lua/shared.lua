@@ -8,6 +8,9 @@ end
 
 local function stamp(time) return string.format('%.6f', time) end
 
+-- Notes that a job may have changed: whoever keeps what was read of jobs reads it again.
+local function touch() redis.call('SET', K.revision, table.concat(redis.call('TIME'), '.')) end
+
 -- Wakes the agents of a pool: there may be something to place.
 local function ring(pool)
   if not pool then return end  -- of a damaged record
