@@ -138,7 +138,7 @@ class Saver:
         final = self._run.checkpoints / f"step-{step:08d}-a{self._attempt:04d}"
         beside = final.with_name(f".{final.name}.writing")
         try:
-            for left in final.parent.glob(".step-*.writing"):  # of an attempt that was killed
+            for left in final.parent.glob(".step-*"):  # of an attempt that was killed while it wrote or deleted
                 shutil.rmtree(left, ignore_errors=True)
             if final.exists():  # gone back to, so its tensors are these very ones
                 meta["sizes"] = Checkpoint(final, step, self._attempt).meta()["sizes"]
@@ -161,11 +161,11 @@ class Saver:
         return Checkpointed(step=step, path=str(final.relative_to(self._run.path)), bytes=size, seconds=seconds)
 
     def _retire(self, best: int | None) -> None:
-        """Remove all but the newest `keep` and the best."""
+        """Remove all but the newest `keep` and the best: renamed first, so that one half removed is none."""
         checkpoints = list_checkpoints(self._run)
         for old in checkpoints[: -self._spec.checkpoint.keep]:
             if old.step != best:
-                shutil.rmtree(old.path)
+                shutil.rmtree(old.path.rename(old.path.with_name(f".{old.path.name}.deleting")), ignore_errors=True)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -1,16 +1,24 @@
 """The ranks of a run: who am I, on which device, and what all of us must agree on."""
 
 import ctypes
+import fcntl
+import ipaddress
 import os
+import socket
+import struct
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as c10d
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.utils import deterministic
 
 from gptcore.failure import Unavailable
@@ -21,6 +29,8 @@ from gptcore.spec import refusal
 START_TIMEOUT = timedelta(minutes=30)
 TRAINING_TIMEOUT = timedelta(minutes=10)
 HEARTBEAT_SECONDS = 5.0  # far below both
+ANSWER_SECONDS = 300.0  # within which the ranks of all nodes start: a shared disk may show files late
+SIOCGIFADDR = 0x8915  # Linux: an interface's IPv4 address
 
 
 @dataclass(frozen=True)
@@ -118,8 +128,86 @@ def start(device: str, threads: int | None = None) -> Dist:
         if threads := threads or int(os.environ.get("OMP_NUM_THREADS") or 0):
             torch.set_num_threads(threads)
     if world_size > 1:
-        c10d.init_process_group("nccl" if device == "cuda" else "gloo", timeout=START_TIMEOUT)
+        _join("nccl" if device == "cuda" else "gloo", rank, world_size)
     return Dist(rank, local_rank, world_size, place)
+
+
+@lru_cache(1)
+def start_store() -> Store:
+    """Return the store of keys and values that all ranks of this start share: torchrun's, else rank 0's.
+
+    An earlier start of the same run has another one, so nothing in it is out of date.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=START_TIMEOUT))
+    return store
+
+
+def _join(backend: str, rank: int, world_size: int) -> None:
+    """Make the process group. Raises RuntimeError with the ranks that are missing, or with what to set."""
+    several_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) != world_size
+    if several_nodes:
+        _wait_for_ranks(start_store(), rank, world_size)
+    if several_nodes and backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_towards(os.environ["MASTER_ADDR"])
+        if interface:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    store = PrefixStore("process_group", start_store())
+    try:
+        c10d.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=START_TIMEOUT)
+    except RuntimeError as error:
+        variable = "GLOO_SOCKET_IFNAME" if backend == "gloo" else "NCCL_SOCKET_IFNAME"
+        chosen = os.environ.get(variable) or "not set"
+        way_out = f"set {variable} (now: {chosen}) on each node to the network interface that reaches the others"
+        raise RuntimeError(f"rank {rank} cannot connect to the other ranks: {error}; {way_out}") from error
+
+
+def _wait_for_ranks(store: Store, rank: int, world_size: int) -> None:
+    """Wait until every rank has started. Over the store, which needs neither gloo nor NCCL."""
+    store.set(f"started/{rank}", "")
+    deadline = time.monotonic() + ANSWER_SECONDS
+    missing = set(range(world_size))
+    while missing:
+        missing = {other for other in missing if not store.check([f"started/{other}"])}
+        if missing and time.monotonic() > deadline:
+            ranks = ", ".join(map(str, sorted(missing)))
+            raise RuntimeError(f"no answer from rank {ranks} of {world_size} within {ANSWER_SECONDS:.0f} s")
+        time.sleep(0.1 if missing else 0.0)
+
+
+def interface_towards(master: str) -> str | None:
+    """Return the network interface by which this node reaches the master node; None if it cannot be told.
+
+    gloo would take the one of the host name, and Debian and Ubuntu give that the address 127.0.1.1.
+    """
+    address = _own_address_towards(master)
+    if address and address.is_loopback and not _is_loopback(master):
+        address = _own_address_towards("192.0.2.1")  # this is the master: by the default route. Nothing is sent.
+    return next((name for _, name in socket.if_nameindex() if address and _address_of(name) == address), None)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _own_address_towards(host: str) -> ipaddress.IPv4Address | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return None
+        return ipaddress.IPv4Address(probe.getsockname()[0])
+
+
+def _address_of(interface: str) -> ipaddress.IPv4Address | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return None  # it has none
+    return ipaddress.IPv4Address(answer[20:24])
 
 
 def _gpus_of_slot() -> str:

@@ -20,7 +20,7 @@ from gptcore.dist import Dist, close, start
 from gptcore.evaluate import bits_per_byte, val_windows, validation_loss
 from gptcore.events import Finished, PhaseChanged, Scored
 from gptcore.export import export_model
-from gptcore.hellaswag import evaluate, load_items
+from gptcore.hellaswag import evaluate, load_items_together
 from gptcore.job_process import Process, run_job
 from gptcore.native import native_class
 from gptcore.rundir import datasets_root, write_atomically
@@ -81,8 +81,8 @@ def _score(
         return _score_val_loss(process.spec, subject, scorer, dist, step, process.is_stopped)
     examples = int(task.partition("@")[2] or 0)
     try:
-        items = load_items(datasets_root(), "validation")[: process.spec.limit]
-        pool = load_items(datasets_root(), "train") if examples else []
+        items = load_items_together(datasets_root(), "validation", dist)[: process.spec.limit]
+        pool = load_items_together(datasets_root(), "train", dist) if examples else []
     except FileNotFoundError as error:
         raise refusal("/tasks", str(error)) from error
     return evaluate(items, scorer, dist, step, examples, pool, process.is_stopped)

@@ -66,6 +66,22 @@ def load_items(datasets: Path, split: str) -> list[Item]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def load_items_together(datasets: Path, split: str, dist: Dist) -> list[Item]:
+    """Return the items on every rank; what is missing is fetched by the first rank of each node alone.
+
+    All ranks must call. Raises FileNotFoundError on each rank that has no items.
+    """
+    problem: FileNotFoundError | None = None
+    if dist.local_rank == 0:
+        try:
+            load_items(datasets, split)
+        except FileNotFoundError as error:
+            problem = error
+    if dist.any(problem is not None):  # the others wait here
+        raise problem or FileNotFoundError(f"HellaSwag's {split} items are missing on another rank, which says why")
+    return load_items(datasets, split)
+
+
 def _fetch(path: Path, split: str) -> None:
     import httpx2
     import pyarrow.parquet

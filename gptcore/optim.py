@@ -21,7 +21,11 @@ MUON_FIRST_MOMENTUM = 0.85
 
 
 def lr_factor(step: int, optim: OptimSpec, max_steps: int) -> float:
-    """What the peak rates are multiplied with for update number `step` (from 0)."""
+    """What the peak rates are multiplied with for update number `step` (from 0).
+
+    The cosine's last update has min_lr. The line of wsd would reach it one update after the last: with min_lr 0 the
+    last update is not lost.
+    """
     if step < optim.warmup_steps:
         return optim.warmup_from + (1 - optim.warmup_from) * (step + 1) / optim.warmup_steps
     floor = optim.min_lr / optim.lr
@@ -31,7 +35,7 @@ def lr_factor(step: int, optim: OptimSpec, max_steps: int) -> float:
         cooldown_steps = max(1, round(optim.cooldown_fraction * max_steps))
         left = min(1.0, (max_steps - step) / cooldown_steps)
         return floor + (1 - floor) * left
-    done = (step - optim.warmup_steps) / max(1, max_steps - optim.warmup_steps)
+    done = (step - optim.warmup_steps) / max(1, max_steps - 1 - optim.warmup_steps)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from secrets import token_hex
 from typing import BinaryIO
 
 from pydantic_core import from_json
@@ -242,7 +243,8 @@ def _has_noted_sizes(checkpoint: Path) -> bool:
 def write_atomically(path: Path, text: str) -> None:
     """Write beside `path`, sync and rename: a reader sees the old text or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # not the process's number: on a shared disk another machine or container has the same
+    beside = path.with_name(f".{path.name}.{token_hex(8)}")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -23,10 +23,10 @@ from gptcore.checkpoint import list_checkpoints
 from gptcore.compiler import compile_loss
 from gptcore.data import Sequence, Windows
 from gptcore.dataset import Dataset, read_dataset
-from gptcore.dist import Dist, close, start
+from gptcore.dist import Dist, close, start, start_store
 from gptcore.events import Notice, PhaseChanged, Report, Started
 from gptcore.failure import reporting
-from gptcore.hellaswag import Item, load_items
+from gptcore.hellaswag import Item, load_items_together
 from gptcore.locks import shared
 from gptcore.model import GPT
 from gptcore.optim import build_optimizers
@@ -86,26 +86,31 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def claim(arguments: argparse.Namespace, spec: TrainSpec, rank: int) -> tuple[RunDir, Attempt]:
-    """The run directory and this attempt's folder in it, which rank 0 makes where none is named."""
-    started_by = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun: the same for all ranks
-    if arguments.spec is not None:
-        # in containers one number is every first process's; torchrun's ranks must agree, and not by the second
-        port = os.environ.get("MASTER_PORT") if "RANK" in os.environ else None
-        moment = time.strftime(f"%Y%m%d-{port}" if port else "%Y%m%d-%H%M%S")
-        run = RunDir(runs_root() / f"{spec.name}-{moment}-{started_by}")
-    else:
+    """Return the run directory and this attempt's folder in it, which rank 0 makes unless its number is given.
+
+    Rank 0 tells the others over the store of this start, which ranks on other nodes reach too.
+    """
+    if arguments.attempt is not None and arguments.run_dir is not None:
         run = RunDir(arguments.run_dir.absolute())
-    if arguments.attempt is not None:
         return run, run.attempt(arguments.attempt)
-    # how rank 0 tells the others; a process's number comes again, in containers at once
-    start = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
-    token = run.path / "-".join((f".attempt-of-{started_by}", *start))
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if rank == 0:
-        if arguments.spec is not None:
-            write_atomically(run.spec, spec.model_dump_json(indent=2))
-        write_atomically(token, str(run.claim_attempt().number))
-    _wait_for(token.exists, "rank 0's attempt")
-    return run, run.attempt(int(token.read_text()))
+        run, attempt = _claim_first(arguments, spec)
+        if not alone:
+            start_store().set("attempt", f"{attempt.number} {run.path.name}")
+        return run, attempt
+    number, _, name = start_store().get("attempt").decode().partition(" ")
+    run = RunDir(runs_root() / name if arguments.spec is not None else arguments.run_dir.absolute())
+    return run, run.attempt(int(number))
+
+
+def _claim_first(arguments: argparse.Namespace, spec: TrainSpec) -> tuple[RunDir, Attempt]:
+    if arguments.spec is None:
+        run = RunDir(arguments.run_dir.absolute())
+    else:
+        run = RunDir(runs_root() / f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        write_atomically(run.spec, spec.model_dump_json(indent=2))
+    return run, run.claim_attempt()
 
 
 def _wait_for(look: Callable[[], Found | None], what: str, seconds: float = 60.0) -> Found:
@@ -147,13 +152,13 @@ def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: A
         optimizers=build_optimizers(model, spec.optim, dist),
         dataset=dataset, train_windows=Sequence(train_windows, spec.seed), val=val,
         peak_flops=peak_flops(hardware.device_name),
-        hellaswag_items=_hellaswag_items() if spec.evaluate.hellaswag else [],
+        hellaswag_items=_hellaswag_items(dist) if spec.evaluate.hellaswag else [],
     )  # fmt: skip
 
 
-def _hellaswag_items() -> list[Item]:
+def _hellaswag_items(dist: Dist) -> list[Item]:
     try:
-        return load_items(datasets_root(), "validation")
+        return load_items_together(datasets_root(), "validation", dist)
     except FileNotFoundError as error:
         raise refusal("/evaluate/hellaswag", str(error)) from error
 

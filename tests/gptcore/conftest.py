@@ -133,6 +133,18 @@ class Trainers:
             text=True,
         )
 
+    def start_node(self, run: RunDir, node_rank: int, port: int) -> subprocess.Popen[str]:
+        """One of two nodes with a rank each, as a person starts them: torchrun without a rendezvous service."""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node_rank)]
+        address = ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        return subprocess.Popen(
+            [*torchrun, *address, "-m", "gptcore.train", str(run.path)],
+            env=os.environ | {"TRAINMASTER_HOME": str(self.home), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
     def make(self, spec: TrainSpec, name: str) -> RunDir:
         run = RunDir(self.folder / name)
         write_atomically(run.spec, json.dumps(spec.model_dump(mode="json")))

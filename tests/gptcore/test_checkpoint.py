@@ -125,3 +125,19 @@ def test_what_a_killed_attempt_was_writing_is_cleared_away(tmp_path: Path) -> No
     saves.save(4)
     saves.saver.close()
     assert saves.steps() == [4] and not left.exists()
+
+
+def test_what_a_killed_attempt_was_deleting_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        (path / "optimizer.safetensors").unlink()
+
+    saves = Saves(tmp_path, keep=1)
+    saves.save(1)
+    saves.saver.wait()
+    with monkeypatch.context() as patched:
+        patched.setattr("gptcore.checkpoint.shutil.rmtree", killed)
+        saves.save(2)
+        saves.saver.wait()
+    saves.save(3)
+    saves.saver.close()
+    assert [path.name for path in saves.run.checkpoints.iterdir()] == ["step-00000003-a0001"]

@@ -1,12 +1,15 @@
 """What a rank runs on: here by pretence, where the device itself is not at hand."""
 
+from ipaddress import IPv4Address
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as c10d
 
 from gptcore import dist
 from gptcore.device import resolve_precision
+from gptcore.dist import _wait_for_ranks, interface_towards
 from gptcore.failure import describe
 
 
@@ -30,3 +33,21 @@ def test_a_slot_whose_gpu_torch_cannot_use_never_trains_on_its_cores(
     with pytest.raises(RuntimeError, match="GPU GPU-aa cannot be used: torch sees none") as failed:
         dist.start(device)
     assert describe(failed.value, rank=0).reason == "unavailable"  # another attempt may go to another node
+
+
+def test_gloo_is_given_the_interface_that_leads_to_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert interface_towards("127.0.0.1") == interface_towards("localhost") == "lo"
+    assert interface_towards("no-such-host.invalid") is None
+    addresses = {"gpu-box": "127.0.1.1", "192.0.2.1": "10.0.0.7"}  # a master by its own name, as Ubuntu resolves it
+    monkeypatch.setattr("gptcore.dist._own_address_towards", lambda host: IPv4Address(addresses[host]))
+    monkeypatch.setattr("gptcore.dist._address_of", lambda name: None if name == "lo" else IPv4Address("10.0.0.7"))
+    monkeypatch.setattr("socket.if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    assert interface_towards("gpu-box") == "eth0"
+
+
+def test_ranks_that_do_not_start_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptcore.dist.ANSWER_SECONDS", 0.2)
+    store = c10d.HashStore()
+    store.set("started/2", "")
+    with pytest.raises(RuntimeError, match="no answer from rank 1, 3 of 4 within"):
+        _wait_for_ranks(store, 0, 4)

@@ -11,7 +11,7 @@ from gptcore.dist import Dist
 from gptcore.model import GPT
 from gptcore.native import native_class, native_config
 from gptcore.optim import build_optimizers, optimizer_tensors
-from gptcore.plan import Hardware, count_parameters, peak_memory_bytes, plan, resolve
+from gptcore.plan import Hardware, count_parameters, peak_flops, peak_memory_bytes, plan, resolve
 from gptcore.presets import PRESETS
 from gptcore.spec import ModelSpec, SpecError, TrainSpec, read_spec
 from tests.gptcore.conftest import FAMILIES, tiny_model, tiny_spec
@@ -148,6 +148,37 @@ def test_the_ranks_of_a_machine_share_its_memory_and_each_gpu_has_its_own() -> N
         plan(spec.model_copy(update={"micro_batch_size": 4}), Hardware(ranks=2, memory_bytes=enough))
     (problem,) = refused.value.problems
     assert problem.pointer == "/micro_batch_size" and 'a smaller micro_batch_size or "auto"' in problem.message
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3090 Ti", 80),
+        ("NVIDIA GeForce RTX 3080 Ti", None),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4080 SUPER", None),
+        ("NVIDIA RTX A1000", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_gpus_peak_is_its_own(name: str, tflops: float | None) -> None:
+    assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
 
 
 def test_planning_takes_no_tensor_library_and_less_than_a_second() -> None:

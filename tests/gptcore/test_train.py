@@ -1,4 +1,3 @@
-import argparse
 import hashlib
 import os
 import random
@@ -7,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,23 @@ from gptcore.checkpoint import list_checkpoints
 from gptcore.data import Windows
 from gptcore.dataset import read_dataset
 from gptcore.dist import Dist
-from gptcore.events import Evaluated, Exported, Failed, Finished, PhaseChanged, Resumed, Sampled, Started, Step, Stopped
+from gptcore.events import (
+    Evaluated,
+    Exported,
+    Failed,
+    Finished,
+    Notice,
+    PhaseChanged,
+    Resumed,
+    Sampled,
+    Started,
+    Step,
+    Stopped,
+)
 from gptcore.plan import resolve
 from gptcore.rundir import RunDir
-from gptcore.setup import build, claim
-from tests.conftest import wait_until
+from gptcore.setup import build
+from tests.conftest import free_port
 from tests.gptcore.conftest import FAMILIES, Trainers, tiny_spec, wait_for_step
 
 
@@ -310,16 +320,12 @@ def rank_processes(launcher: int) -> dict[int, int]:
     return {int(rank): child.pid for child in children if (rank := child.environ().get("RANK")) is not None}
 
 
-def test_a_rank_takes_no_attempt_of_an_earlier_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    arguments, spec = argparse.Namespace(run_dir=tmp_path, spec=None, attempt=None), tiny_spec()
-
-    def begin(rank: int, start: str) -> int:
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", start)
-        return claim(arguments, spec, rank)[1].number
-
-    assert [begin(0, "first"), begin(1, "first")] == [1, 1]
-    with ThreadPoolExecutor(1) as pool:  # before the second start's rank 0, as ranks may come
-        early = pool.submit(begin, 1, "second")
-        wait_until(lambda: os.environ["TORCHELASTIC_RUN_ID"] == "second")
-        assert (begin(0, "second"), early.result()) == (2, 2)
+def test_two_nodes_of_a_plain_torchrun_agree_on_each_attempt(train: Trainers) -> None:
+    run = train.make(tiny_spec(max_steps=2), "run")
+    for attempt in (1, 2):
+        port = free_port()
+        nodes = [train.start_node(run, rank, port) for rank in range(2)]
+        outputs = [node.communicate(timeout=120)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], outputs
+        assert [one.number for one in run.attempts()] == list(range(1, attempt + 1))
+        assert any(e.attempt == attempt and "node rank 1" in e.message for e in run.events() if isinstance(e, Notice))
