@@ -28,8 +28,10 @@ from api.monitoring import Monitor, Observed
 from api.routes import STATIC, Services, router
 from api.series import RunCache
 from api.shared_answers import COMPRESSION
+from worker.archive import Archive
 from worker.connection import AWAY
 from worker.keyring import KeyRing
+from worker.retention import SWEEP_SECONDS, sweep
 from worker.schema import Schema, SchemaTooNew
 from worker.settings import Settings
 from worker.store import Store
@@ -62,7 +64,8 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
     `open_without_keys`: whether it may serve anyone while there never was a key, as on loopback. It never does so
     under a public name: a reverse proxy reaches loopback too.
     """
-    store, keys = Store(settings.redis_url), KeyRing(settings.redis_url, settings.home)
+    store = Store(settings.redis_url, archive=Archive(settings.runs))
+    keys = KeyRing(settings.redis_url, settings.home)
     monitor = Monitor(store)
     hub = Hub(store, settings.runs, monitor.stream_lag_seconds.observe)
     hosts = settings.public_hosts
@@ -70,9 +73,9 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        preparing = asyncio.create_task(_prepare_redis(settings.redis_url))
+        keeping = asyncio.create_task(_keep_redis(store, settings))
         yield
-        preparing.cancel()
+        keeping.cancel()
         store.close()
         keys.close()
 
@@ -95,17 +98,32 @@ def create_app(settings: Settings, *, open_without_keys: bool = True) -> FastAPI
     return app
 
 
-async def _prepare_redis(url: str) -> None:
-    """Bring what is in Redis up to date, as soon as Redis answers; end the server where it is of a newer version."""
+async def _keep_redis(store: Store, settings: Settings) -> None:
+    """Bring what is in Redis up to date, then archive jobs that ended long ago for as long as the server runs."""
+    is_ready = await _prepare_redis(settings.redis_url)
+    while is_ready and settings.retention_days:
+        try:
+            await run_in_threadpool(sweep, store, settings)
+        except AWAY:
+            pass  # whoever asks for anything else hears of it
+        except OSError as error:
+            log.warning("ended jobs stay in Redis until their run directories can be written: %s", error)
+        await asyncio.sleep(SWEEP_SECONDS)
+
+
+async def _prepare_redis(url: str) -> bool:
+    """Bring what is in Redis up to date as soon as it answers. End the server, and return False, if it is newer."""
     with closing(Schema(url)) as schema:
         while True:
             try:
-                return await run_in_threadpool(schema.bring_up_to_date)
+                await run_in_threadpool(schema.bring_up_to_date)
+                return True
             except AWAY:
                 await asyncio.sleep(1)
             except SchemaTooNew as error:
                 log.error("%s", error)
-                return signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
+                return False
 
 
 class PageFiles(StaticFiles):

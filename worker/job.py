@@ -45,6 +45,11 @@ def new_job_id() -> str:
     return "job-" + "".join(_ALPHABET[bits >> shift & 31] for shift in range(55, -1, -5))
 
 
+def is_job_id(text: str) -> bool:
+    """Return whether a text has the form of a job's id: safe as a name of a file."""
+    return _JOB_ID.fullmatch(text) is not None
+
+
 class Record(BaseModel, frozen=True, extra="ignore", ser_json_inf_nan="strings"):
     """What a later version added to it is passed over."""
 
@@ -108,6 +113,7 @@ class Job(Record):
     error: JobError | None = None
     # fields of its record that cannot be read; what stands in their place says nothing
     damaged: list[str] = []
+    archived: bool = False  # its record is in its run directory only: lists do not show it
 
     @property
     def ended(self) -> bool:
@@ -187,7 +193,7 @@ class Ticket(Record):
     @property
     def is_sound(self) -> bool:
         """Whether its ids are of the form that the job system gives: safe as names of files."""
-        return bool(_JOB_ID.fullmatch(self.job_id) and _SLOT_ID.fullmatch(self.slot)) and self.attempt > 0
+        return bool(is_job_id(self.job_id) and _SLOT_ID.fullmatch(self.slot)) and self.attempt > 0
 
     @property
     def id(self) -> str:

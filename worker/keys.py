@@ -17,6 +17,8 @@ KEYS = {
     "index": "trainmaster:index:",
     "readers": "trainmaster:readers:",  # + id: zset of the jobs not ended that read that one's files
     "alike": "trainmaster:alike:",  # + likeness: zset of the runs that succeeded in one attempt
+    "ended": "trainmaster:ended",  # zset of ended jobs by when they ended; later, if they could not be archived then
+    "sweep": "trainmaster:sweep",  # there, while no other process is to archive ended jobs
     "waiting": "trainmaster:waiting:",  # + pool: zset of the jobs that have not started, by number
     "pools": "trainmaster:pools",  # set of the pools that have such jobs
     "totals": "trainmaster:totals",  # hash: jobs ever started, and how many seconds they waited for that
@@ -24,7 +26,8 @@ KEYS = {
     "revision": "trainmaster:revision",  # when a script last ran that may have changed a job: answers are kept by it
     "number": "trainmaster:number",  # counter behind those numbers
     "idempotency": "trainmaster:idempotency:",  # + key: hash of job and body's sha256, 24 h
-    "deleted": "trainmaster:deleted:",  # + id: a week long, for a launcher that was cut off and comes back
+    # + id: '' or 'archived', a week long, for a launcher that was cut off and comes back
+    "deleted": "trainmaster:deleted:",
     "queue": "trainmaster:queue:",  # + pool: zset of waiting job ids by priority, then number
     "line": "trainmaster:line:",  # + pool|shape: zset of those of a queue that need the same, in the same order
     "lines": "trainmaster:lines:",  # + pool: set of the shapes that its waiting jobs have

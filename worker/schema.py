@@ -8,7 +8,8 @@ from worker.connection import Connected
 from worker.keys import KEYS, scripts
 from worker.record import job_read, likeness
 
-VERSION = 2  # 1: jobs are listed by indexes; 2: status changes are numbered when they are written
+# 1: jobs are listed by indexes; 2: status changes are numbered when they are written; 3: ended jobs, by when they ended
+VERSION = 3
 BATCH = 200  # jobs migrated by one script
 
 log = logging.getLogger(__name__)

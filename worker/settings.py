@@ -58,6 +58,8 @@ class Settings:
     grace_seconds: float = Field(default=60.0, gt=0)  # from a stop's word to the kill of the whole tree
     hang_seconds: float = Field(default=600.0, gt=0)  # without a step; see Progress.hang
     max_attempts: int = Field(default=3, gt=0)  # lost in a row without a new checkpoint
+    # after which an ended job's record moves from Redis to its run directory; 0: never
+    retention_days: int = Field(default=0, ge=0)
     price_per_gpu_hour: float = Field(default=0.0, ge=0)  # in whatever currency; 0: none is shown
     hf_namespaces: tuple[str, ...] = ()  # owners on the Hub in whose name jobs may publish
     trainer: str = ""  # program run in torchrun's place with RUN_DIR --attempt N: tests of process handling

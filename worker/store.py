@@ -11,6 +11,7 @@ from redis.exceptions import NoPermissionError
 
 from gptcore.plan import Hardware, Plan
 from gptcore.spec import AnySpec
+from worker.archive import Archive, ArchivedJob
 from worker.connection import Connected
 from worker.doorbell import Doorbell
 from worker.job import Census, Job, JobError, JobPage, Node, Status, Ticket, new_job_id
@@ -54,9 +55,11 @@ class NotPossible(RuntimeError):
 
 
 class Store(Connected):
-    def __init__(self, url: str, socket_timeout: float = 5.0):
+    def __init__(self, url: str, socket_timeout: float = 5.0, archive: Archive | None = None):
+        """`archive`: where jobs are read that Redis has no longer."""
         super().__init__(url, socket_timeout)
         self.url = url
+        self._archive = archive
         self._scripts = {name: self._redis.register_script(text) for name, text in scripts().items()}
 
     def _run(self, name: str, *args: str | float) -> Any:
@@ -104,9 +107,18 @@ class Store(Connected):
     def get_job(self, job_id: str) -> Job:
         """Raises JobNotFound."""
         jobs = self._get_jobs([job_id])
-        if not jobs:
-            raise JobNotFound(job_id)
-        return jobs[0]
+        if jobs:
+            return jobs[0]
+        if archived := self._archived(job_id):
+            return job_of(archived.record, None).model_copy(update={"archived": True})
+        raise JobNotFound(job_id)
+
+    def _archived(self, job_id: str) -> ArchivedJob | None:
+        return self._archive.read(job_id) if self._archive else None
+
+    def exists(self, job_id: str) -> bool:
+        """Return whether Redis has the job's record."""
+        return bool(self._redis.exists(KEYS["job"] + job_id))
 
     def revision(self) -> str:
         """Return another text once a job may have changed: its record, its place in a queue, or that it exists."""
@@ -114,7 +126,7 @@ class Store(Connected):
 
     def require_job(self, job_id: str) -> None:
         """Raises JobNotFound. Reads less than `get_job`."""
-        if not self._redis.exists(KEYS["job"] + job_id):
+        if not self.exists(job_id) and not self._archived(job_id):
             raise JobNotFound(job_id)
 
     def statuses(self, job_ids: Sequence[str]) -> dict[str, str]:
@@ -122,7 +134,11 @@ class Store(Connected):
         pipeline = self._redis.pipeline(transaction=False)
         for job_id in job_ids:
             pipeline.hget(KEYS["job"] + job_id, "status")
-        return {job_id: status for job_id, status in zip(job_ids, pipeline.execute(), strict=True) if status}
+        found = dict(zip(job_ids, pipeline.execute(), strict=True))
+        for job_id, status in found.items():
+            if status is None and (archived := self._archived(job_id)):
+                found[job_id] = archived.record.get("status")
+        return {job_id: status for job_id, status in found.items() if status}
 
     def _get_jobs(self, job_ids: list[str]) -> list[Job]:
         """Those that exist, in the order asked for."""
@@ -198,9 +214,12 @@ class Store(Connected):
             raise NotPossible(f"{job_id} is {job.status}; {way_out}")
         return job
 
-    def delete_job(self, job_id: str, look: bool = False) -> None:
-        """Forget an ended job's record and streams; `look`: only whether it may be. Raises JobNotFound, NotPossible."""
-        why = self._run("delete", job_id, "look" if look else "")
+    def delete_job(self, job_id: str, look: bool = False, archived: bool = False) -> None:
+        """Forget an ended job's record and streams. Raises JobNotFound, NotPossible.
+
+        `look`: only check whether it may be deleted. `archived`: Redis may have no record of it.
+        """
+        why = self._run("delete", job_id, "look" if look else "", "archived" if archived else "")
         if why is None:
             raise JobNotFound(job_id)
         if why:
@@ -208,9 +227,39 @@ class Store(Connected):
             raise NotPossible(f"{job_id} cannot be deleted yet; {way_out}")
 
     def _ask(self, script_name: str, job_id: str, *args: str) -> Job:
-        if self._run(script_name, job_id, *args) is None:
-            raise JobNotFound(job_id)
+        self._run(script_name, job_id, *args)  # on an archived job it changes nothing, as on any that has ended
         return self.get_job(job_id)
+
+    # ---- retention
+
+    def take_sweep(self, seconds: float) -> bool:
+        """Return whether no process has taken the sweep in the last `seconds`."""
+        return bool(self._redis.set(KEYS["sweep"], "", nx=True, px=int(seconds * 1000)))
+
+    def ended_before(self, seconds: float, count: int) -> list[str]:
+        """Return ids of jobs that ended more than `seconds` ago, the oldest first, at most `count`."""
+        return list(self._redis.zrangebyscore(KEYS["ended"], "-inf", self._now() - seconds, start=0, num=count))
+
+    def postpone_archiving(self, job_id: str, seconds: float) -> None:
+        """Leave a job out of `ended_before(seconds)` for a day."""
+        self._redis.zadd(KEYS["ended"], {job_id: self._now() - seconds + 86400}, xx=True)
+
+    def whole_job(self, job_id: str) -> ArchivedJob:
+        """Return all that is to be archived of a job."""
+        pipeline = self._redis.pipeline()
+        pipeline.hgetall(KEYS["job"] + job_id)
+        pipeline.xrange(KEYS["changes"] + job_id)
+        record, changes = pipeline.execute()
+        return ArchivedJob(record=record, changes=changes)
+
+    def kept_by(self, job_id: str) -> str:
+        """Return what keeps a job in Redis: its status, a job that reads it, missing events; "" if nothing does."""
+        return str(self._run("archive", job_id, "look"))
+
+    def archive(self, job_id: str, job: ArchivedJob) -> bool:
+        """Remove an archived job from Redis; return False if something keeps it, or it has changed since."""
+        fields = [text for field in job.record.items() for text in field]
+        return bool(self._run("archive", job_id, *fields) == "")
 
     # ---- the launcher's side: all of it asks first whether the attempt still has the job
 
@@ -301,6 +350,9 @@ class Store(Connected):
         pipeline.xrange(KEYS["events"] + job_id, f"({after.partition('.')[0]}", "+", count)
         pipeline.xrange(KEYS["changes"] + job_id, f"({change_entry(after)}", "+", count)
         events, changes = pipeline.execute()
+        if not changes and not self.exists(job_id) and (archived := self._archived(job_id)):
+            entry = place(change_entry(after))
+            changes = [one for one in archived.changes if place(one[0]) > entry][:count]
         return (
             [(entry_id, fields["event"]) for entry_id, fields in events],
             [(change.id, change.model_dump_json()) for change in changes_of(changes)],

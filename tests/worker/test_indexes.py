@@ -144,7 +144,7 @@ def test_only_a_job_that_has_not_ended_and_reads_a_run_keeps_it(store: Store) ->
 def test_jobs_of_an_older_version_are_listed_after_an_upgrade_that_was_killed(
     store: Store, jobs: list[Job], redis_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kinds = ("index", "readers", "alike", "waiting", "pools", "totals")
+    kinds = ("index", "readers", "alike", "waiting", "pools", "totals", "ended")
     keys = [key for key in store._redis.scan_iter() if any(key.startswith(KEYS[kind]) for kind in kinds)]
     changes_before = {job.id: status_changes(store, job.id) for job in jobs}
     listed_before = {key: store._redis.dump(key) for key in keys if KEYS["index"] + "owner" not in key}

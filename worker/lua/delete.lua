@@ -1,12 +1,14 @@
 -- id → '' once the job's record and streams are gone, its status where it has not ended, the id of a job not ended
 -- that reads its files; nil for no such job, unless it was deleted within the week: who heard no answer asks again.
+-- The second argument is 'look' or '', the third 'archived' if the job's record may be in its run directory only.
 -- Its idempotency key stays: a request repeated late makes no new job.
 local id = ARGV[1]
 local status = redis.call('HGET', K.job .. id, 'status')
-if redis.call('EXISTS', K.job .. id) == 0 then return redis.call('EXISTS', K.deleted .. id) == 1 and '' end
-local damaged = not ALLOWED[status]
+local exists = redis.call('EXISTS', K.job .. id) == 1
+if not exists and ARGV[3] ~= 'archived' then return redis.call('GET', K.deleted .. id) == '' and '' end
+local damaged = exists and not ALLOWED[status]
 if damaged and redis.call('ZSCORE', K.leases, id) then return 'running' end
-if not damaged and not TERMINAL[status] then return status end
+if exists and not damaged and not TERMINAL[status] then return status end
 for _, other in ipairs(redis.call('ZRANGE', K.readers .. id, 0, -1)) do
   local state = redis.call('HGET', K.job .. other, 'status')
   if state and not TERMINAL[state] then return other end

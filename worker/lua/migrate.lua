@@ -33,6 +33,7 @@ for place = 3, #ARGV, 3 do
       redis.call('HINCRBYFLOAT', K.totals, 'queue_seconds', stamp(started - created))
     end
   end
+  index_end(id, redis.call('HGET', job, 'status'))
 end
 redis.call('HSET', K.schema, 'migrated_to', ARGV[2])
 return 1

@@ -78,6 +78,15 @@ local function set_waiting(id, waits)
   end
 end
 
+-- Notes when a job ended: retention goes by that.
+local function index_end(id, status)
+  if not TERMINAL[status] then
+    redis.call('ZREM', K.ended, id)
+    return
+  end
+  redis.call('ZADD', K.ended, 'NX', redis.call('HGET', K.job .. id, 'finished_at') or stamp(now()), id)
+end
+
 -- Lists a job under its status and no other. What a job reads may not be deleted until it has ended; a run that
 -- succeeded in one attempt tells how long the next one like it takes.
 local function index_status(id, status)
@@ -91,6 +100,7 @@ local function index_status(id, status)
   if reads and not TERMINAL[status] then redis.call('ZADD', K.readers .. reads, number, id) end
   if status == 'succeeded' and likeness and attempt == '1' then redis.call('ZADD', K.alike .. likeness, number, id) end
   if TERMINAL[status] then set_waiting(id, false) end
+  index_end(id, status)
 end
 
 -- Lists a job, whose record is written, wherever lists look for it.
@@ -111,6 +121,7 @@ local function forget_indexes(id)
   if reads then redis.call('ZREM', K.readers .. reads, id) end
   if likeness then redis.call('ZREM', K.alike .. likeness, id) end
   set_waiting(id, false)
+  redis.call('ZREM', K.ended, id)
   redis.call('ZREM', K.jobs, id)
 end
 
@@ -233,10 +244,10 @@ function move(id, to, who, why)
   -- a damaged record may hold a status that the table does not know: any change mends it
   if ALLOWED[from] and not ALLOWED[from][to] then return false end
   redis.call('HSET', job, 'status', to, 'status_reason', why)
+  if TERMINAL[to] then redis.call('HSET', job, 'finished_at', stamp(now())) end
   index_status(id, to)
   note(id, from, to, who, why)
   if TERMINAL[to] then
-    redis.call('HSET', job, 'finished_at', stamp(now()))
     expire_events(id)
     for _, child in ipairs(redis.call('SMEMBERS', K.children .. id)) do
       local follows, status = unpack(redis.call('HMGET', K.job .. child, 'follows', 'status'))
