@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gptcore.dist import Dist
+from gptcore.environment import check_hub_variables
 from gptcore.events import Scored
 from gptcore.failure import Interrupted
 from gptcore.scorer import Scorer
@@ -90,14 +91,15 @@ def _fetch(path: Path, split: str) -> None:
 
     from gptcore.rundir import write_atomically
 
-    hub = HfFileSystem()
     rows: list[Item] = []
     try:
+        check_hub_variables()
+        hub = HfFileSystem()
         for name in sorted(map(str, hub.glob(f"datasets/{REPO}/**/{split}*.parquet"))):
             with hub.open(name, "rb") as file:
                 rows += pyarrow.parquet.read_table(file).to_pylist()
-    except (OSError, httpx2.TransportError, HfHubHTTPError, OfflineModeIsEnabled) as error:
-        raise _missing(path, split, f"the Hub cannot be reached: {error}") from error
+    except (OSError, ValueError, httpx2.TransportError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        raise _missing(path, split, f"the Hub does not give them: {error}") from error
     if not rows:
         raise _missing(path, split, f"{REPO} has no Parquet file of it")
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

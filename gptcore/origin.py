@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptcore.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
 from gptcore.dataset import Tokenizer, tokenizer_of_checkpoint
+from gptcore.environment import check_hub_variables
 from gptcore.export import VOCAB_TABLES
 from gptcore.failure import Unavailable, may_pass
 from gptcore.init_check import refuse_another_config, refuse_another_tokenizer, tokenizer_refusal
@@ -68,12 +69,16 @@ def _tokens_of_probe(source: str, folder: Path) -> list[int]:
 
 
 def locate(source: str, runs: Path, pointer: str) -> Path:
-    """The folder of a job's id, of a path in the runs root, or fetched from the Hub: hf://owner/name@revision."""
+    """Return the folder of a job's id, of a path in the runs root, or fetched from the Hub: hf://owner/name@revision."""
     if source.startswith(HUB_PREFIX):
         import httpx2
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+        try:
+            check_hub_variables()
+        except ValueError as error:
+            raise refusal(pointer, str(error)) from error
         repo, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
         wanted = ["*.json", "*.safetensors", "merges.txt", "tokenizer.model"]
         try:

@@ -1,6 +1,5 @@
 """A `publish` job as a process: export, gate, model card, upload. Safe to run again from any point."""
 
-import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from gptcore import gate
 from gptcore.card import write_card
+from gptcore.environment import hub_token
 from gptcore.events import Exported, Finished, Notice, PhaseChanged, Published, Verified
 from gptcore.export import export_model
 from gptcore.failure import Mismatch, Unavailable, may_pass
@@ -87,7 +87,10 @@ class _Hub:
 
     def __init__(self, process: Process[PublishSpec]):
         self._process, self._repo = process, process.spec.repo
-        token = os.environ.get("HF_TOKEN")
+        try:
+            token = hub_token()
+        except ValueError as error:
+            raise refusal("/repo", str(error)) from error
         if not token:
             raise refusal(
                 "/repo", "HF_TOKEN is not in the worker's environment; publishing needs a token that may write"

@@ -12,14 +12,17 @@ from typing import BinaryIO
 
 from pydantic_core import from_json
 
+from gptcore.environment import refuse_quotes
 from gptcore.events import Failed, Step, parse_event, read_lines, read_lines_backwards
 
 SCANNED_BYTES = 1 << 16  # of events, read to find a line
 
 
 def home() -> Path:
-    """Return where all state lives: `TRAINMASTER_HOME`, else `~/.trainmaster`."""
-    return resolve_home(os.environ.get("TRAINMASTER_HOME", ""))
+    """Return where all state lives: `TRAINMASTER_HOME`, else `~/.trainmaster`. Raises ValueError, as `resolve_home`."""
+    given = os.environ.get("TRAINMASTER_HOME", "")
+    refuse_quotes("TRAINMASTER_HOME", given)
+    return resolve_home(given)
 
 
 def resolve_home(given: str) -> Path:

@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
+from gptcore.environment import check_hub_variables
+
 UTF8 = "utf-8-sig"  # with a mark in front or without
 SEPARATOR = "<|endoftext|>"  # a line of a text file
 FEW_TEXTS = 20
@@ -87,11 +89,13 @@ def hub_files(repo: str, pattern: str, field: str, begun: str | None = None) -> 
 
     pattern: a glob inside the repository, "sample/10BT/*.parquet". begun: the commit at which interrupted work reads;
     by default, and if the Hub has it no more, the newest one.
-    Raises FileNotFoundError if nothing matches; the Hub client's own errors pass.
+    Raises FileNotFoundError if nothing matches, and ValueError if HF_TOKEN or HF_ENDPOINT cannot be meant; the Hub
+    client's own errors pass.
     """
     from huggingface_hub import HfApi, HfFileSystem
     from huggingface_hub.errors import RevisionNotFoundError
 
+    check_hub_variables()
     try:
         commit = HfApi().dataset_info(repo, revision=begun).sha
     except RevisionNotFoundError:  # its history was rewritten

@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx2
 
+from gptcore.environment import hub_token
 from trainmaster.client import TrainmasterError
 
 ADDRESS = "hf://"
@@ -17,7 +18,10 @@ def fetch_spec(address: str) -> dict[str, Any]:
     """
     repo, _, revision = address.removeprefix(ADDRESS).partition("@")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    token = os.environ.get("HF_TOKEN")
+    try:
+        token = hub_token()
+    except ValueError as error:
+        raise TrainmasterError(str(error), code="bad_setting") from error
     url = f"{endpoint}/{repo}/resolve/{revision or 'main'}/trainmaster.json"
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:

@@ -16,6 +16,7 @@ from types import FrameType
 
 import psutil
 
+from gptcore.environment import hub_token
 from gptcore.locks import is_held, open_lock, take
 from gptcore.procs import python_module
 from worker import tasks
@@ -49,7 +50,7 @@ class Agent:
         self._node = Node(
             id=node, pool=settings.pool, slots=find_slots(settings, node), runs_root=runs_root_id(settings),
             versions={"python": platform.python_version(), **_versions("trainmaster", "torch", "transformers")},
-            publishes_as=list(settings.hf_namespaces if os.environ.get("HF_TOKEN") else ()),
+            publishes_as=list(settings.hf_namespaces if hub_token() else ()),
         )  # fmt: skip
         self._workers: dict[str, psutil.Process] = {}
         self._started_at: dict[str, float] = {}

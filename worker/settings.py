@@ -14,6 +14,7 @@ from urllib.parse import quote, urlsplit
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from gptcore.environment import check_hub_variables, refuse_quotes
 from gptcore.rundir import resolve_home
 
 
@@ -121,6 +122,13 @@ class Settings:
             # only what is nearly one: compose and Kubernetes have variables of that beginning too
             if near := get_close_matches(name, known, n=1, cutoff=0.93):
                 raise BadSetting(f"{name} is not read by anything; use {near[0]}, or unset it")
+        try:
+            check_hub_variables(env)
+            for name in known:
+                if name != _variable("trainer"):  # a command line, whose words may be in quotes
+                    refuse_quotes(name, env.get(name, ""))
+        except ValueError as error:
+            raise BadSetting(str(error)) from error
         given: dict[str, Any] = {f.name: text for f in fields(cls) if (text := env.get(_variable(f.name), "").strip())}
         try:
             given["home"] = resolve_home(given.get("home", ""))

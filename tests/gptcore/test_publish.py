@@ -213,7 +213,8 @@ def test_a_hub_that_is_away_for_a_moment_is_asked_again(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("token", "said"), [("", "HF_TOKEN is not in"), ("hf_reads", "may only read"), ("hf_bad", "401")]
+    ("token", "said"),
+    [("", "HF_TOKEN is not in"), ("hf_reads", "may only read"), ("hf_bad", "401"), ("hf_écrit", "character 4 of 8")],
 )
 def test_a_token_that_cannot_write_is_known_before_any_work(hub: Hub, token: str, said: str) -> None:
     run = job(hub, f"token-{token}")

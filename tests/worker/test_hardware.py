@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from gptcore.environment import hub_token
+from trainmaster.client import TrainmasterError
+from trainmaster.published import fetch_spec
 from worker.hardware import find_slots
 from worker.place import node_address, node_id, runs_root_id
 from worker.settings import BadSetting, Settings
@@ -57,6 +60,32 @@ def test_settings_survive_the_way_through_an_environment() -> None:
 def test_a_bad_variable_is_named(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{name} '{value}'"):
         Settings.from_environment({name: value})
+
+
+@pytest.mark.parametrize("name", ["TRAINMASTER_HOME", "TRAINMASTER_REDIS_URL", "HF_TOKEN", "HF_ENDPOINT"])
+def test_a_value_in_quotes_is_refused_without_repeating_it(name: str) -> None:
+    """As docker's --env-file passes it on."""
+    for value in ('"hf_secret"', " 'hf_secret'"):
+        with pytest.raises(BadSetting, match=f"{name} has quotes around its value; remove them") as refused:
+            Settings.from_environment({name: value})
+        assert "hf_secret" not in str(refused.value)
+    quoted = '"/my trainer" "one argument"'
+    assert Settings.from_environment({"TRAINMASTER_TRAINER": quoted}).trainer == quoted
+
+
+@pytest.mark.parametrize("token", ["hf_sécret", "hf_s\u200becret", "hf_s ecret", "hf_s\necret", "hf_s\u2026"])
+def test_a_token_that_no_header_carries_is_refused_before_it_is_sent(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        with pytest.raises(BadSetting, match=rf"{name}: character \d of \d+ is .*; copy the token again") as refused:
+            Settings.from_environment({name: token})
+        assert token not in str(refused.value)
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(TrainmasterError, match="copy the token again"):
+        fetch_spec("hf://owner/name")
+    monkeypatch.setenv("HF_TOKEN", " hf_secret\n")  # as from a file
+    assert hub_token() == "hf_secret"
 
 
 def test_a_home_under_two_spellings_is_one_node(tmp_path: Path) -> None:
