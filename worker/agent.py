@@ -112,7 +112,7 @@ class Agent:
             self._store.register_node(self._node)
             for job_id in self._store.lose_expired(self._settings.max_attempts):
                 log.warning("%s: its attempt showed no sign of life and is given up", job_id)
-            if not (self._rest and lives(self._rest)) and self._store.unshipped(self._node.runs_root):
+            if not (self._rest and lives(self._rest)) and self._has_rest():
                 self._rest = self._start("worker.rest")  # never here: a long run takes longer than a lease
             self._seen_at, self._look = time.monotonic(), True
         if time.monotonic() - self._swept_at > SWEEP_SECONDS:
@@ -126,6 +126,10 @@ class Agent:
                 self._store.clear_outbox(ticket)
         too_soon = placed == TOO_SOON
         self._look = self._doorbell.wait(PACE_SECONDS if too_soon else TICK_SECONDS) or too_soon
+
+    def _has_rest(self) -> bool:
+        root = self._node.runs_root
+        return bool(self._store.unshipped(root) or self._store.leftovers(root, 1))
 
     def _adopt(self) -> None:
         """Take over a former agent's workers, and end those whose slots are no more, with a checkpoint."""

@@ -28,6 +28,8 @@ KEYS = {
     "idempotency": "trainmaster:idempotency:",  # + key: hash of job and body's sha256, 24 h
     # + id: '' or 'archived', a week long, for a launcher that was cut off and comes back
     "deleted": "trainmaster:deleted:",
+    # + runs root: zset of deleted jobs whose run directories are there and are to be removed, by from when
+    "leftovers": "trainmaster:leftovers:",
     "queue": "trainmaster:queue:",  # + pool: zset of waiting job ids by priority, then number
     "line": "trainmaster:line:",  # + pool|shape: zset of those of a queue that need the same, in the same order
     "lines": "trainmaster:lines:",  # + pool: set of the shapes that its waiting jobs have

@@ -40,6 +40,14 @@ def slot_lock(settings: Settings, slot: str) -> Path:
     return settings.home / "slots" / f"{slot}.lock"
 
 
+def known_root(runs: Path) -> str:
+    """Return the id that nodes gave this runs root; "" if no node has used it."""
+    try:
+        return (runs / ".root").read_text()
+    except FileNotFoundError:
+        return ""
+
+
 def runs_root_id(settings: Settings) -> str:
     """What proves that two nodes share their runs: a word that the first to come left in the folder."""
     settings.runs.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""Ships what lost attempts left, then gives up those that no other attempt follows: `python -m worker.rest`.
+"""Ships what lost attempts left, gives up those that no other attempt follows, and removes the run directories of jobs
+that were deleted from another home: `python -m worker.rest`.
 
-An agent starts it when there is such an attempt. It is a process of its own because a long run takes longer to read
-than a lease lasts, and the agent must not stand still meanwhile.
+An agent starts it when there is any of that. It is a process of its own because a long run takes longer to read, or to
+remove, than a lease lasts, and the agent must not stand still meanwhile.
 """
 
 import logging
@@ -10,6 +11,7 @@ import sys
 
 from gptcore.procs import die_with_parent
 from worker.connection import AWAY
+from worker.deletion import remove_leftovers
 from worker.place import runs_root_id
 from worker.settings import Settings
 from worker.shipper import end_shipped, ship_rest
@@ -35,6 +37,7 @@ def main() -> int:
     store = Store(settings.redis_url)
     try:
         ship_lost(store, settings)
+        remove_leftovers(store, settings.runs)
     except AWAY as error:
         log.warning("Redis is away: %s", error)
         return 1

@@ -214,12 +214,13 @@ class Store(Connected):
             raise NotPossible(f"{job_id} is {job.status}; {way_out}")
         return job
 
-    def delete_job(self, job_id: str, look: bool = False, archived: bool = False) -> None:
+    def delete_job(self, job_id: str, look: bool = False, archived: bool = False, root: str = "") -> None:
         """Forget an ended job's record and streams. Raises JobNotFound, NotPossible.
 
-        `look`: only check whether it may be deleted. `archived`: Redis may have no record of it.
+        `look`: only check whether it may be deleted. `archived`: Redis may have no record of it. `root`: the runs
+        root where the caller deletes the files; files in another root are noted as leftovers of that one.
         """
-        why = self._run("delete", job_id, "look" if look else "", "archived" if archived else "")
+        why = self._run("delete", job_id, "look" if look else "", "archived" if archived else "", root)
         if why is None:
             raise JobNotFound(job_id)
         if why:
@@ -229,6 +230,18 @@ class Store(Connected):
     def _ask(self, script_name: str, job_id: str, *args: str) -> Job:
         self._run(script_name, job_id, *args)  # on an archived job it changes nothing, as on any that has ended
         return self.get_job(job_id)
+
+    # ---- what deletions leave in other runs roots
+
+    def leftovers(self, root: str, count: int) -> list[str]:
+        """Return ids of deleted jobs whose run directories in this runs root are to be removed now."""
+        return list(self._redis.zrangebyscore(KEYS["leftovers"] + root, "-inf", self._now(), start=0, num=count))
+
+    def forget_leftover(self, root: str, job_id: str) -> None:
+        self._redis.zrem(KEYS["leftovers"] + root, job_id)
+
+    def postpone_leftover(self, root: str, job_id: str, seconds: float) -> None:
+        self._redis.zadd(KEYS["leftovers"] + root, {job_id: self._now() + seconds}, xx=True)
 
     # ---- retention
 
