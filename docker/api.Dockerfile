@@ -7,7 +7,7 @@ EXPOSE 8000
 # without a key it would not listen beyond loopback: the first start makes one
 CMD ["trainmaster", "api", "--host", "0.0.0.0", "--port", "8000", "--first-key", "/data/api-key"]
 
-RUN useradd --uid 1000 --create-home trainmaster && install -d -o trainmaster -g trainmaster /data
+RUN useradd --uid 1000 trainmaster
 WORKDIR /app
 
 # dependencies first: a change of the source does not install them again
@@ -18,5 +18,8 @@ RUN mkdir gptcore worker api trainmaster \
 
 COPY . .
 # the running container cannot write here
-RUN python -m compileall -q gptcore worker api trainmaster
+RUN python -m compileall -q gptcore worker api trainmaster \
+ && install -d -m 700 -o trainmaster -g trainmaster /data
 USER trainmaster
+# there is no other writable folder for caches
+ENV HOME=/tmp

@@ -2,15 +2,13 @@
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 FROM ${PYTHON_IMAGE}
 
-ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 TRAINMASTER_HOME=/data \
-    HF_HOME=/data/huggingface XDG_CACHE_HOME=/tmp/cache
+ENV PATH=/app/.venv/bin:$PATH PYTHONUNBUFFERED=1 TRAINMASTER_HOME=/data HF_HOME=/data/huggingface
 CMD ["trainmaster", "worker"]
 
 RUN apt-get update -qq \
  && apt-get install -y -qq --no-install-recommends gcc g++ >/dev/null \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --uid 1000 --create-home trainmaster \
- && install -d -o trainmaster -g trainmaster /data
+ && useradd --uid 1000 trainmaster
 WORKDIR /app
 
 # cpu: the CPU build where an index has it (TORCH_INDEX names one more); cuda: the default build
@@ -23,5 +21,8 @@ RUN mkdir gptcore worker api trainmaster \
 
 COPY . .
 # the running container cannot write here
-RUN python -m compileall -q gptcore worker api trainmaster
+RUN python -m compileall -q gptcore worker api trainmaster \
+ && install -d -m 700 -o trainmaster -g trainmaster /data
 USER trainmaster
+# compilers and libraries keep caches in the home directory
+ENV HOME=/tmp
