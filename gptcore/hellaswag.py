@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from gptcore.dist import Dist
-from gptcore.environment import check_hub_variables
 from gptcore.events import Scored
 from gptcore.failure import Interrupted
+from gptcore.hub_client import prepare_hub_client
 from gptcore.scorer import Scorer
 
 REPO = "Rowan/hellaswag"
@@ -93,7 +93,7 @@ def _fetch(path: Path, split: str) -> None:
 
     rows: list[Item] = []
     try:
-        check_hub_variables()
+        prepare_hub_client()
         hub = HfFileSystem()
         for name in sorted(map(str, hub.glob(f"datasets/{REPO}/**/{split}*.parquet"))):
             with hub.open(name, "rb") as file:

@@ -16,6 +16,7 @@ import httpx2
 
 from gptcore.dataset import VOCAB_SIZES, Tokenizer
 from gptcore.environment import hub_token
+from gptcore.hub_client import hub_endpoint
 from gptcore.native import CLASSES, config_fields
 from gptcore.plan import refuse_another_shape
 from gptcore.presets import shown
@@ -147,7 +148,7 @@ def _put(answer: "SimpleQueue[bytes | None]", fetch: Callable[[], bytes | None])
 
 def _fetch(source: str, name: str, limit: int) -> bytes | None:
     repo, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
-    endpoint = httpx2.URL(os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"))
+    endpoint = httpx2.URL(hub_endpoint())
     token = hub_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     url = httpx2.URL(f"{endpoint}/{repo}/resolve/{(revision or 'main').replace('/', '%2F')}/{name}")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gptcore.checkpoint import Checkpoint, best_checkpoint, list_checkpoints
 from gptcore.dataset import Tokenizer, tokenizer_of_checkpoint
-from gptcore.environment import check_hub_variables
 from gptcore.export import VOCAB_TABLES
 from gptcore.failure import Unavailable, may_pass
+from gptcore.hub_client import prepare_hub_client
 from gptcore.init_check import refuse_another_config, refuse_another_tokenizer, tokenizer_refusal
 from gptcore.model import GPT
 from gptcore.native import native_tensors
@@ -76,7 +76,7 @@ def locate(source: str, runs: Path, pointer: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
         try:
-            check_hub_variables()
+            prepare_hub_client()
         except ValueError as error:
             raise refusal(pointer, str(error)) from error
         repo, _, revision = source.removeprefix(HUB_PREFIX).partition("@")

@@ -15,6 +15,7 @@ from gptcore.environment import hub_token
 from gptcore.events import Exported, Finished, Notice, PhaseChanged, Published, Verified
 from gptcore.export import export_model
 from gptcore.failure import Mismatch, Unavailable, may_pass
+from gptcore.hub_client import prepare_hub_client
 from gptcore.job_process import Process, run_job
 from gptcore.native import native_class
 from gptcore.rundir import datasets_root
@@ -88,6 +89,7 @@ class _Hub:
     def __init__(self, process: Process[PublishSpec]):
         self._process, self._repo = process, process.spec.repo
         try:
+            prepare_hub_client()
             token = hub_token()
         except ValueError as error:
             raise refusal("/repo", str(error)) from error

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
-from gptcore.environment import check_hub_variables
+from gptcore.hub_client import prepare_hub_client
 
 UTF8 = "utf-8-sig"  # with a mark in front or without
 SEPARATOR = "<|endoftext|>"  # a line of a text file
@@ -95,7 +95,7 @@ def hub_files(repo: str, pattern: str, field: str, begun: str | None = None) -> 
     from huggingface_hub import HfApi, HfFileSystem
     from huggingface_hub.errors import RevisionNotFoundError
 
-    check_hub_variables()
+    prepare_hub_client()
     try:
         commit = HfApi().dataset_info(repo, revision=begun).sha
     except RevisionNotFoundError:  # its history was rewritten

@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import httpx2
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from huggingface_hub import get_session
 from safetensors.torch import load_file, save_file
 
 from gptcore.failure import describe
+from gptcore.hub_client import prepare_hub_client, refuse_local_redirect
 from gptcore.origin import load_origin, locate
 from gptcore.scorer import files_at_fault, score_folder
 from gptcore.sources import parquet_files
@@ -145,7 +148,9 @@ class Nonsense(Handler):
 def mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Nonsense)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setenv("HF_ENDPOINT", address)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     yield
     server.shutdown()
@@ -156,3 +161,25 @@ def mirror(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def test_an_answer_of_a_mirror_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="the Hub's answer about hf://owner/name cannot be used"):
         locate("hf://owner/name", tmp_path, "/source")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:6379", "localhost", "a.localhost", "[::1]:8000", "[::ffff:127.0.0.1]", "0.0.0.0", "169.254.169.254"],
+)
+def test_a_mirror_that_redirects_to_this_machine_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request.url.host)
+        return httpx2.Response(302, headers={"Location": f"http://{address}/keys"})
+
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    prepare_hub_client()
+    hooks = get_session().event_hooks  # of the client that huggingface_hub itself uses
+    with httpx2.Client(transport=httpx2.MockTransport(answer), event_hooks=hooks, follow_redirects=True) as client:
+        with pytest.raises(ValueError, match=r"redirects to .*, an address of this machine alone"):
+            client.get("https://mirror.example/owner/name")
+    assert asked == ["mirror.example"]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9000")  # a mirror on this very machine may
+    refuse_local_redirect(httpx2.Request("GET", f"http://{address}/keys"))

@@ -45,6 +45,9 @@ def test_a_repository_without_a_spec_is_named(home: Path, repos: dict[str, Repo]
     repos["me/empty"] = Repo(private=False)
     done = run("submit", "hf://me/empty")
     assert done.returncode == 1 and "404" in done.stderr and "trainmaster.json" in done.stderr
+    repos["me/empty"].commits.append(("1" * 40, {"trainmaster.json": b"[1]"}))
+    done = run("submit", "hf://me/empty")
+    assert done.returncode == 1 and "is not a JSON object, so it holds no spec" in done.stderr
 
 
 @pytest.mark.slow
