@@ -28,17 +28,19 @@ def delete_job(store: Store, runs: Path, job_id: str) -> None:
     """
     run = RunDir(runs / job_id)
     aside = _aside(run)
-    is_archived = is_job_id(job_id) and any(archive_file(folder).exists() for folder in (run.path, aside))
-    store.delete_job(job_id, look=True, archived=is_archived)
+    store.delete_job(job_id, look=True, archived=_is_archived(run))
     _move_aside(run)
     try:
-        store.delete_job(job_id, look=True, archived=is_archived)
+        store.delete_job(job_id, look=True, archived=_is_archived(run))
     except NotPossible:  # one came meanwhile
         with suppress(FileNotFoundError):
             aside.rename(run.path)
         raise
+    is_archived = _is_archived(run)
     _remove(aside)
     store.delete_job(job_id, archived=is_archived, root=known_root(runs))
+    if is_archived:
+        _remove(run.path)  # a sweep may have made it anew, for the record alone
 
 
 def remove_leftovers(store: Store, runs: Path) -> None:
@@ -60,6 +62,12 @@ def remove_leftovers(store: Store, runs: Path) -> None:
                 continue
             log.info("%s was deleted; its run directory is removed", job_id)
         store.forget_leftover(root, job_id)
+
+
+def _is_archived(run: RunDir) -> bool:
+    """Return whether the run directory, perhaps put aside, has the job's record. A sweep may archive it at any time."""
+    folders = (run.path, _aside(run))
+    return is_job_id(run.path.name) and any(archive_file(folder).exists() for folder in folders)
 
 
 def _aside(run: RunDir) -> Path:

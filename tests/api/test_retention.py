@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -15,6 +16,7 @@ from tests.api.test_stream import raw_stream
 from tests.conftest import wait_until
 from worker import retention
 from worker.archive import Archive
+from worker.deletion import delete_job
 from worker.job import Job
 from worker.keys import KEYS
 from worker.settings import Settings
@@ -129,6 +131,32 @@ def test_a_job_deleted_as_it_is_archived_does_not_come_back(
 
     monkeypatch.setattr(Archive, "write", late)
     assert sweep() == 0 and not (settings.runs / job.id).exists()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_job_archived_as_it_is_deleted_is_deleted(
+    run: FakeRun,
+    store: Store,
+    settings: Settings,
+    sweep: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    end_with_a_log(run, settings)
+    really, done = Path.rename, list[int]()
+
+    def rename(path: Path, target: Path) -> Path:
+        if when == "before" and not done:
+            done.append(sweep())
+        moved = really(path, target)
+        if when == "after" and not done:
+            done.append(sweep())
+        return moved
+
+    monkeypatch.setattr(Path, "rename", rename)
+    delete_job(store, settings.runs, run.id)
+    assert done == [1] and not [one for one in settings.runs.iterdir() if run.id in one.name]
+    assert Archive(settings.runs).read(run.id) is None and not store.exists(run.id)
 
 
 def test_what_others_still_need_or_another_home_has_stays_in_redis(
