@@ -11,7 +11,7 @@ import threading
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import ne
 from pathlib import Path
@@ -32,7 +32,7 @@ ResultKey = Annotated[str, Field(pattern=r"^(hellaswag_|lm_eval:|(val_loss|bits_
 KEYS: tuple[Key, ...] = get_args(Key)
 EVENT_TYPES = ("step", "evaluated", "scored")  # those that carry values
 RUNS_KEPT = 1024  # without curves a run takes a few kilobytes, most of them its sparkline
-CACHE_BYTES = 256 << 20  # of curves; read again from their files in hundredths of a second
+CACHE_BYTES = 128 << 20  # of curves; those of a long run are read again from their files in about a second
 SPARKLINE_POINTS = 80
 ROWS = 2000  # of a table at a time
 
@@ -178,8 +178,11 @@ class Curve:
 class Run:
     """What is known of one run directory's curves. A curve is built when it is asked for first."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, budget: int = CACHE_BYTES, was_read: Callable[["Run"], None] = lambda _: None):
+        """`was_read` is called after each read, when `memory` may have grown."""
         self._run_dir = RunDir(path)
+        self._budget = budget
+        self._was_read = was_read
         self._lock = threading.Lock()  # polls come from many threads
         self._sparkline: tuple[object, Sparkline] | None = None
         self._forget()
@@ -223,7 +226,10 @@ class Run:
     def metrics(self, keys: Iterable[str] | None = None, **window: int | None) -> Metrics:
         """Read what is new, then answer: all curves, or those asked for. `window`: from_step, to_step, max_points."""
         with self._reading():
-            series = {key: self._curve(key).points(**window) for key in keys or self._all_keys()}
+            series = {}
+            for key in keys or self._all_keys():
+                series[key] = self._curve(key).points(**window)
+                self._keep_to_budget(key)
             return Metrics(job_id=self._run_dir.path.name, last_event_id=self._last_event_id, series=series)
 
     def version(self) -> tuple[tuple[int, int], ...]:
@@ -232,10 +238,12 @@ class Run:
 
     def sparkline(self) -> Sparkline:
         """Both losses in few points. While no event comes, it is kept, though the curves may not be."""
-        with self._lock:
-            state = self.version()
+        state = self.version()
+        known = self._sparkline
+        if known is not None and known[0] == state:
+            return known[1]
+        with self._reading():
             if self._sparkline is None or self._sparkline[0] != state:
-                self._read_on()
                 losses = (self._curve(key).points(max_points=SPARKLINE_POINTS) for key in ("train_loss", "val_loss"))
                 self._sparkline = state, Sparkline(train_loss=next(losses), val_loss=next(losses))
             return self._sparkline[1]
@@ -266,6 +274,15 @@ class Run:
             yield
             columns = sum(attempt.memory for attempt in self._attempts.values())
             self.memory = columns + sum(curve.memory for curve in self._curves.values())
+        self._was_read(self)
+
+    def _keep_to_budget(self, newest: str) -> None:
+        """Drop the curves built first while all take too much: an answer has no more than one of them at a time."""
+        too_much = sum(curve.memory for curve in self._curves.values()) - self._budget
+        for key in [key for key in self._curves if key != newest]:
+            if too_much <= 0:
+                break
+            too_much -= self._curves.pop(key).memory
 
     def _reported(self) -> list[Attempt]:
         # an attempt writes only once no earlier one lives: where its file is seen, theirs are complete
@@ -315,14 +332,19 @@ class RunCache:
     def __call__(self, job_id: str) -> Run:
         """The id must be a job's: it becomes a path."""
         with self._lock:
-            run = self._runs.pop(job_id, None) or Run(self._root / job_id)
+            run = self._runs.pop(job_id, None) or Run(self._root / job_id, self._budget, self._keep_to_budget)
             self._runs[job_id] = run
             if len(self._runs) > RUNS_KEPT:
                 self._runs.popitem(last=False)
+            return run
+
+    def _keep_to_budget(self, read: Run) -> None:
+        """Unload the runs asked for least recently while all take too much; never the one just read."""
+        with self._lock:
             too_much = sum(run.memory for run in self._runs.values()) - self._budget
             for other in self._runs.values():
-                if too_much <= 0 or other is run:
+                if too_much <= 0:
                     break
-                too_much -= other.memory
-                other.unload()
-            return run
+                if other is not read and other.memory:
+                    too_much -= other.memory
+                    other.unload()

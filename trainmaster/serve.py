@@ -1,8 +1,9 @@
 """The API server's process: `python -m trainmaster.serve FD`, on a socket that its parent bound."""
 
+import ctypes
 import socket
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 
 from trainmaster.mistake import Mistake
 from worker.settings import Settings, is_loopback
@@ -10,6 +11,7 @@ from worker.settings import Settings, is_loopback
 # how long a thread that computes may keep the interpreter while others wait for it: at Python's 5 ms, a short request,
 # which waits for it about ten times, takes 0.1 s beside two threads that parse a long run
 SWITCH_SECONDS = 0.0005
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
 
 
 def listen(host: str, port: int, settings: Settings) -> socket.socket:
@@ -43,6 +45,12 @@ def _is_local(listener: socket.socket) -> bool:
     return is_loopback(listener.getsockname()[0])
 
 
+def _return_large_blocks() -> None:
+    """Have glibc return freed blocks of 1 MiB or more to the system: it would keep most of a long run's curves."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)
+
+
 def serve(listener: socket.socket) -> None:
     """Serve until SIGTERM."""
     # imported here: a parent that only binds the socket needs none of it
@@ -52,6 +60,7 @@ def serve(listener: socket.socket) -> None:
 
     log_json_lines()
     raise_file_limit()
+    _return_large_blocks()
     sys.setswitchinterval(SWITCH_SECONDS)
     Server(Settings.from_environment(), open_without_keys=_is_local(listener)).run(sockets=[listener])
 
