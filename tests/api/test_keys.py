@@ -14,7 +14,7 @@ import httpx2
 import pytest
 import redis
 
-from api import guard, refusals
+from api import guard, refusals, stream
 from tests.api.server import FakeRun, Server, step, train_spec
 from tests.conftest import status_changes, wait_until
 from trainmaster import Client, TrainmasterError
@@ -294,6 +294,21 @@ def test_a_stream_ends_once_its_key_is_revoked(
                 ring.revoke(key.id)
                 run.write(step(2))
     assert types.count("step") == 1 and "end" not in types
+
+
+def test_a_quiet_stream_ends_once_its_key_is_revoked(
+    http: httpx2.Client, ring: KeyRing, run: FakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "RECHECK_SECONDS", 0.0)
+    monkeypatch.setattr(stream, "KEEPALIVE_SECONDS", 0.2)
+    run.log_file.write_text("a line\n")
+    (key, text), _ = ring.create("lost", "read"), ring.create("kept", "read")
+    with http.stream("GET", f"/jobs/{run.id}/logs", headers=bearer(text) | STREAM) as answer:
+        lines = answer.iter_lines()
+        assert next(line for line in lines if line.startswith("data")) == "data: a line"
+        assert next(line for line in lines if line.startswith(":"))  # kept alive
+        ring.revoke(key.id)
+        assert "event: end" not in list(lines)  # closed with the next sign of life
 
 
 def test_the_first_key_is_made_once(ring: KeyRing, tmp_path: Path) -> None:
