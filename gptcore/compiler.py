@@ -28,6 +28,26 @@ def compile_loss(model: Any, **options: Any) -> Any:
     return torch.compile(model, dynamic=False, **options)
 
 
+def compile_a_kernel(device: torch.device) -> None:
+    """Compile, load and run a small kernel. Raises whatever goes wrong.
+
+    In a folder of its own inside the cache, which a kernel compiled earlier would hide a broken compiler in.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch._inductor.utils import fresh_cache
+
+    try:
+        with fresh_cache(dir=cache_dir()):
+            result = torch.compile(_small_kernel, dynamic=False)(torch.ones(64, device=device))
+        assert float(result[0]) == 3.0, "a compiled kernel gave a wrong result"
+    finally:
+        torch._dynamo.reset()
+
+
+def _small_kernel(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 + 1
+
+
 def discard_torn(paths: Iterable[Path], locks: Path) -> None:
     """Remove what a kill, or the machine's end, left of the C++ compiler's work under the final name: torch, which
     only looks whether that is there, would use it at this and every later start."""

@@ -6,17 +6,22 @@ import platform
 import resource
 import shutil
 import sysconfig
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from gptcore.cgroup import memory_bytes
+from gptcore.compiler import compile_a_kernel
 from gptcore.dist import Dist
 from gptcore.plan import Hardware
-from gptcore.spec import TrainSpec
+from gptcore.spec import ModelSpec, TrainSpec
 
 # Below this much work a CPU run ends no sooner compiled: that takes 25 to 50 s, measured in docs/benchmarks.md
 CPU_COMPILE_FLOPS = 1e14
+# Above this much saved a graph of its own for evaluations, compiled in about 15 s, pays: at 1e12 and 4e14 FLOP/s
+EVALUATION_COMPILE_FLOPS = {"cpu": 1.5e13, "cuda": 6e15}
 
 
 def hardware(dist: Dist) -> Hardware:
@@ -55,16 +60,52 @@ def multiplies_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def resolve_compile(spec: TrainSpec, device: torch.device, total_flops: float) -> tuple[bool, str]:
-    """Whether to compile, and a notice for the user where that is not what the spec asked for."""
+def resolve_compile(spec: TrainSpec, dist: Dist, total_flops: float) -> tuple[bool, str]:
+    """Return whether all ranks compile, and a notice for the user if that is not what the spec asked for.
+
+    total_flops: of one rank. All ranks must call.
+    """
     if spec.compile is False:
         return False, ""
-    if not _has_compiler():
-        missing = "no C++ compiler (g++ or clang++) on the PATH, or no Python headers (python3-dev)"
-        return False, f"{missing}: training runs eager, which is slower"
-    if spec.compile == "auto" and device.type == "cpu":
-        return total_flops > CPU_COMPILE_FLOPS, ""
+    if spec.compile == "auto" and dist.device.type == "cpu" and total_flops <= CPU_COMPILE_FLOPS:
+        return False, ""
+    problem = compiler_problem(dist.device.type)
+    if dist.any(bool(problem)):
+        problem = problem or "torch.compile does not work on another rank"
+        return False, f"{problem}: training runs eager, which is slower"
     return True, ""
+
+
+@cache
+def compiler_problem(device_type: str) -> str:
+    """Return why torch.compile does not work here, "" if it does. Asked once a process, by compiling a small kernel.
+
+    A compiler on the PATH says little: its folder for temporary files may forbid execution, its cache may be read-only.
+    """
+    if not _has_compiler():
+        return "no C++ compiler (g++ or clang++) on the PATH, or no Python headers (python3-dev)"
+    cache_folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+    try:  # before torch's compiler is imported: that fails half-way without it
+        Path(cache_folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_folder):
+            pass
+    except OSError as error:
+        return f"the compiler's cache cannot be written ({error}); set TORCHINDUCTOR_CACHE_DIR to a folder that can"
+    try:
+        compile_a_kernel(torch.device(device_type))
+    except Exception as error:  # noqa: BLE001 - whatever the compiler, the linker, the loader or the disk raises
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        return f"torch.compile does not work here ({type(error).__name__}: {reason[:300]})"
+    return ""
+
+
+def evaluation_graph_pays(model: ModelSpec, tokens: int, device_type: str) -> bool:
+    """Return whether to compile the model once more for `tokens` of evaluations on this rank, without gradients.
+
+    The training graph computes the output matrix's gradients along with its loss: 4 more FLOPs a weight and token.
+    """
+    assert model.vocab_size is not None
+    return 4.0 * model.padded_vocab_size * model.n_embd * tokens > EVALUATION_COMPILE_FLOPS[device_type]
 
 
 def _has_compiler() -> bool:

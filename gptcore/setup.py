@@ -5,6 +5,7 @@ The edge of the trainer: what breaks within `main` becomes a `failed` event here
 
 import argparse
 import faulthandler
+import math
 import os
 import platform
 import signal
@@ -24,6 +25,7 @@ from gptcore.compiler import compile_loss
 from gptcore.data import Sequence, Windows
 from gptcore.dataset import Dataset, read_dataset
 from gptcore.dist import Dist, close, start, start_store
+from gptcore.evaluate import val_windows
 from gptcore.events import Notice, PhaseChanged, Report, Started
 from gptcore.failure import reporting
 from gptcore.hellaswag import Item, load_items_together
@@ -132,7 +134,13 @@ def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: A
     settled, slow = _settled(_on_these_ranks(spec, dist), run, hardware, dist)
     planned, precision = plan(settled, hardware), settled.precision
     assert planned.world_size == dist.world_size
-    compiled, eager = devices.resolve_compile(spec, dist.device, planned.total_flops / dist.world_size)
+    compiled, eager = devices.resolve_compile(spec, dist, planned.total_flops / dist.world_size)
+    tokens_evaluated = (
+        math.ceil(spec.max_steps / spec.evaluate.every_steps) * block_size * val_windows(val, spec.evaluate.eval_tokens)
+    )
+    evaluates_apart = compiled and devices.evaluation_graph_pays(
+        spec.model, tokens_evaluated // dist.world_size, dist.device.type
+    )
     for notice in filter(None, (slow, eager)):
         report(Notice(level="warning", message=notice))
     torch.manual_seed(spec.seed)
@@ -148,7 +156,8 @@ def build(spec: TrainSpec, dataset: Dataset, dist: Dist, run: RunDir, attempt: A
     ))  # fmt: skip
     return Trainer(
         spec=spec, planned=planned, dist=dist, run=run, attempt=attempt, report=report,
-        model=model, forward=forward, replica=replica, compiled=compiled, precision=precision,
+        model=model, forward=forward, replica=replica, compiled=compiled, evaluates_apart=evaluates_apart,
+        precision=precision,
         optimizers=build_optimizers(model, spec.optim, dist),
         dataset=dataset, train_windows=Sequence(train_windows, spec.seed), val=val,
         peak_flops=peak_flops(hardware.device_name),

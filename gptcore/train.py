@@ -54,6 +54,7 @@ class Trainer:
     forward: Any  # the same, compiled where asked: tokens, targets (B, T) → mean loss ()
     replica: Any  # the same under DDP where there are several ranks
     compiled: bool
+    evaluates_apart: bool  # by a compiled graph of its own, without gradients
     precision: str
     optimizers: Optimizers
     dataset: Dataset
@@ -235,6 +236,8 @@ class Trainer:
         for _ in range(WARMUP_PASSES if self.dist.world_size > 1 else WARMUP_PASSES - 1):
             self._forward_backward(self._probe_batch(), 1.0, last=True)
         self.model.zero_grad(set_to_none=True)
+        if self.evaluates_apart:
+            self._probe_loss()  # compiled here by all ranks at once, not by rank 0 alone at the first checkpoint
 
     def _fits_on_all_ranks(self) -> bool:
         """Run one pass without communication. Return False if any rank ran out of memory; raises the error if a
@@ -377,9 +380,9 @@ class Trainer:
         self._phase("training")
 
     def _loss(self, *batch: Tensor) -> Tensor:
-        """The training pass without its backward. Compiled, it keeps gradients on: another mode would
-        be compiled anew, and the numbers would be another kernel's."""
-        with self._autocast(), torch.set_grad_enabled(self.compiled):
+        """The training pass without its backward. Compiled, it keeps gradients on, unless so much is evaluated that
+        compiling anew without them pays: see `device.evaluation_graph_pays`."""
+        with self._autocast(), torch.set_grad_enabled(self.compiled and not self.evaluates_apart):
             loss: Tensor = self.forward(*batch)
         return loss.detach()
 

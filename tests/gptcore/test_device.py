@@ -1,6 +1,7 @@
 """What a rank runs on: here by pretence, where the device itself is not at hand."""
 
 from ipaddress import IPv4Address
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 import torch.distributed as c10d
 
 from gptcore import dist
-from gptcore.device import resolve_precision
+from gptcore.device import compiler_problem, evaluation_graph_pays, resolve_precision
 from gptcore.dist import _wait_for_ranks, interface_towards
 from gptcore.failure import describe
+from tests.gptcore.conftest import tiny_model
 
 
 def test_a_gpu_that_imitates_bf16_is_not_given_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +53,18 @@ def test_ranks_that_do_not_start_are_named(monkeypatch: pytest.MonkeyPatch) -> N
     store.set("started/2", "")
     with pytest.raises(RuntimeError, match="no answer from rank 1, 3 of 4 within"):
         _wait_for_ranks(store, 0, 4)
+
+
+def test_a_compiler_without_a_cache_to_write_to_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))  # also root cannot write there
+    compiler_problem.cache_clear()
+    assert "the compiler's cache cannot be written ([Errno 20] Not a directory" in compiler_problem("cpu")
+    compiler_problem.cache_clear()
+
+
+def test_evaluations_get_a_graph_of_their_own_only_if_they_are_long() -> None:
+    model = tiny_model("gpt2", vocab_size=50_257, n_embd=768)
+    assert not evaluation_graph_pays(model, 10_000, "cpu")
+    assert evaluation_graph_pays(model, 10_000_000, "cpu")
+    assert evaluation_graph_pays(model, 200_000_000, "cuda") and not evaluation_graph_pays(model, 10_000_000, "cuda")

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from gptcore.checkpoint import list_checkpoints
 from gptcore.data import Windows
@@ -123,6 +124,37 @@ def test_a_step_waits_for_the_device_only_where_all_ranks_agree(
         float(torch.ones(1))
     trainer.batches.close()
     assert len(reads.seen) == 1
+
+
+def test_a_graph_for_evaluations_computes_no_gradients_that_it_drops(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAINMASTER_HOME", str(home))
+    monkeypatch.setattr("gptcore.kernels.ONEDNN", False)  # torch counts its own operators only
+    spec = tiny_spec()
+    dataset = read_dataset(home / "datasets", spec.data.dataset)
+    assert dataset is not None
+    run = RunDir(tmp_path / "run")
+    dist = Dist(0, 0, 1, torch.device("cpu"))
+    trainer = build(resolve(spec, home / "datasets"), dataset, dist, run, run.claim_attempt(), lambda event: None)
+    trainer.batches.close()
+    trainer.compiled = True  # what it would compile runs as it is
+    flops = {}
+    for trainer.evaluates_apart in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            trainer._probe_loss()
+        flops[trainer.evaluates_apart] = counter.get_total_flops()
+    model = trainer.model.spec
+    tokens = trainer.planned.micro_batch_size * model.block_size
+    assert flops[False] - flops[True] == 4 * model.padded_vocab_size * model.n_embd * tokens
+
+
+def test_a_compiler_that_fails_leaves_the_run_eager(train: Trainers) -> None:
+    done = train(tiny_spec(max_steps=2, compile=True), CXX="/no/such/compiler")
+    assert done.returncode == 0, done.output
+    assert not done.of_type(Started)[0].compiled
+    [notice] = [e for e in done.of_type(Notice) if e.level == "warning"]
+    assert "torch.compile does not work here" in notice.message and "runs eager" in notice.message
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
