@@ -32,6 +32,11 @@ OTHER_CHIPS = ("Laptop", "Max-Q", "Mobile", "SUPER", "RTX 4090 D", "RTX 5090 D")
 # float32 logits that exist at once while the loss is computed: 512 MiB
 LOSS_CHUNK_ELEMENTS = 2**27
 GPU_LOSS_CHUNK_ELEMENTS = 2**29  # in bfloat16 and with their gradient 2 GiB; smaller matrices multiply slower
+# Eager training, measured on a CPU: see docs/decisions/out-of-memory.md
+EAGER_ACTIVATIONS = 1.8  # of what the compiler keeps for the backward pass
+EAGER_LOGITS = 6.5  # float32 copies of a chunk of logits at once
+EAGER_SOFTCAP_LOGITS = 3.0  # and of those of a softcap
+PROCESS_BYTES = 400 * 2**20  # of a CPU process before its model: Python, torch, its threads
 CPU_MICRO_BATCH_TOKENS = 8192
 GPU_MICRO_BATCH_TOKENS = 65_536
 NOTABLE_CHECKPOINT_BYTES = 2**30  # smaller ones take a disk no time to speak of
@@ -194,7 +199,7 @@ def plan(spec: TrainSpec, hardware: Hardware) -> Plan:
     name, reason = native_class(model)
     flops = flops_per_token(model, counts.matmul, causal=False)
     total_tokens = spec.max_steps * spec.tokens_per_step
-    peak = peak_memory_bytes(spec, micro_batch_size)
+    peak = peak_memory_bytes(spec, micro_batch_size, hardware.device)
     planned = Plan(
         device=hardware.device, world_size=world_size, micro_batch_size=micro_batch_size,
         grad_accum_steps=spec.tokens_per_step // (micro_batch_size * model.block_size * world_size),
@@ -222,7 +227,7 @@ def fits(spec: TrainSpec, hardware: Hardware, micro_batch_size: int, share: floa
     """Whether the estimated peak takes at most that share of a GPU's memory, or all ranks' that of a machine; also
     where that is not known."""
     ranks = spec.resources.ranks_per_node if hardware.device == "cpu" else 1
-    needed = ranks * peak_memory_bytes(spec, micro_batch_size)
+    needed = ranks * peak_memory_bytes(spec, micro_batch_size, hardware.device)
     return hardware.memory_bytes is None or needed <= share * hardware.memory_bytes
 
 
@@ -263,10 +268,14 @@ def _micro_batch_size(spec: TrainSpec, hardware: Hardware) -> int:
     return 1
 
 
-def peak_memory_bytes(spec: TrainSpec, micro_batch_size: int) -> int:
+def peak_memory_bytes(spec: TrainSpec, micro_batch_size: int, device: Literal["cpu", "cuda"] = "cuda") -> int:
     """A rank's peak, estimated: weights, gradients, optimiser state, one chunk of logits, and of each layer what the
     compiler keeps for the backward pass: both norms' outputs, all of attention's ends, the MLP's inner values and,
-    in float32, the residual before each norm."""
+    in float32, the residual before each norm.
+
+    Without the compiler, and on a CPU in any case, since a short run is not compiled there, more is kept: the constants
+    above are measured. A CPU also holds the process itself.
+    """
     model = spec.model
     counts = count_parameters(model)
     state_bytes = 4 + 4 + (8 if spec.optim.name == "adamw" else 4)
@@ -280,7 +289,14 @@ def peak_memory_bytes(spec: TrainSpec, micro_batch_size: int) -> int:
         per_token = 2 * per_layer + 4 * model.n_layer * model.n_embd
     per_token += 4 * 2 * model.n_embd
     tokens = micro_batch_size * model.block_size
-    logits = min(tokens * model.padded_vocab_size, GPU_LOSS_CHUNK_ELEMENTS) * 2 * width
+    chunk = LOSS_CHUNK_ELEMENTS if device == "cpu" else GPU_LOSS_CHUNK_ELEMENTS
+    logits = min(tokens * model.padded_vocab_size, chunk)
+    if device == "cpu" or spec.compile is False:
+        copies = EAGER_LOGITS + (EAGER_SOFTCAP_LOGITS if model.logit_softcap is not None else 0.0)
+        activations = int(tokens * EAGER_ACTIVATIONS * per_token + 4 * copies * logits)
+        process = PROCESS_BYTES if device == "cpu" else 0
+        return process + counts.trained * (state_bytes + (width if width == 2 else 0)) + activations
+    logits *= 2 * width
     return counts.trained * (state_bytes + (width if width == 2 else 0)) + tokens * per_token + logits
 
 

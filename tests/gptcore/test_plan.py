@@ -11,7 +11,7 @@ from gptcore.dist import Dist
 from gptcore.model import GPT
 from gptcore.native import native_class, native_config
 from gptcore.optim import build_optimizers, optimizer_tensors
-from gptcore.plan import Hardware, count_parameters, peak_flops, peak_memory_bytes, plan, resolve
+from gptcore.plan import PROCESS_BYTES, Hardware, count_parameters, peak_flops, peak_memory_bytes, plan, resolve
 from gptcore.presets import PRESETS
 from gptcore.spec import ModelSpec, SpecError, TrainSpec, read_spec
 from tests.gptcore.conftest import FAMILIES, tiny_model, tiny_spec
@@ -130,6 +130,26 @@ def test_every_example_plans(path: Path) -> None:
     if isinstance(spec, TrainSpec):
         planned = plan(resolve(spec, Path("nowhere")), Hardware(device="cuda", ranks=8, memory_bytes=80 * 2**30))
         assert planned.native_class
+
+
+@pytest.mark.parametrize(
+    ("preset", "micro_batch_size", "block_size", "n_layer", "n_embd", "vocab_size", "measured_mib"),
+    [
+        ("gpt2", 8, 128, 4, 256, 50_257, 1545),
+        ("llama", 8, 128, 4, 256, 50_257, 1581),
+        ("nanochat", 8, 128, 4, 256, 50_257, 2278),
+        ("gpt2", 4, 256, 6, 384, 256, 360),
+        ("llama", 8, 256, 6, 384, 256, 651),
+    ],
+)
+def test_the_planned_peak_of_eager_training_is_about_what_a_cpu_was_measured_to_hold(
+    preset: str, micro_batch_size: int, block_size: int, n_layer: int, n_embd: int, vocab_size: int, measured_mib: int
+) -> None:
+    model = {"preset": f"{preset}-tiny", "block_size": block_size, "n_layer": n_layer, "n_embd": n_embd,
+             "n_head": n_embd // 64, "vocab_size": vocab_size}  # fmt: skip
+    spec = tiny_spec(model=model, optim={"lr": 0.001})
+    planned = peak_memory_bytes(spec, micro_batch_size, "cpu") - PROCESS_BYTES
+    assert 0.9 <= planned / (measured_mib * 2**20) <= 1.3
 
 
 def test_the_ranks_of_a_machine_share_its_memory_and_each_gpu_has_its_own() -> None:
