@@ -183,7 +183,7 @@ async function recentJobs(pages) {
 }
 
 async function jobsAbout(id) {
-  return (await ask(`/jobs?view=summary&limit=100&parent_job_id=${id}`)).data;
+  return (await ask(`jobs?view=summary&limit=100&parent_job_id=${id}`)).data;
 }
 
 async function refreshWorkers() {
