@@ -93,6 +93,8 @@ def _stay_inside(path: str) -> str:
 def _without_controls(text: str) -> str:
     if has_controls(text):
         raise ValueError(f"{shown(text)} has control characters, which act on a terminal; leave them out")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{shown(text)} has a lone surrogate, half a character that UTF-8 cannot write; leave it out")
     return text
 
 

@@ -187,7 +187,7 @@ BAD = {
     "an address that ends with a line": (
         train_spec(init_from={"source": "hf://a/b\n"}),
         "/init_from/source",
-        ["is no address on the Hub"],
+        ["has control characters"],
     ),
     "a name too long for a file": (
         {"kind": "prepare", "name": "p", "dataset": "d", "source": {"format": "text", "path": "x" * 300}},
@@ -212,7 +212,7 @@ BAD = {
     "a source with a NUL": (
         {"kind": "eval", "name": "e", "source": "a\0b", "tasks": ["val_loss"]},
         "/source",
-        ["is no job"],
+        ["has control characters"],
     ),
 }
 

@@ -17,6 +17,7 @@ from gptcore.plan import Hardware
 from gptcore.procs import die_with_parent
 from worker import processes
 from worker.job import Node, Slot, Ticket
+from worker.keys import KEYS
 from worker.settings import Settings
 from worker.store import Store
 
@@ -61,6 +62,14 @@ def start(store: Store, job_id: str) -> Ticket:
     assert store.claim(ticket, "boot")
     store.report(job_id, ticket.attempt, {}, status="running")
     return ticket
+
+
+def change(store: Store, job_id: str, field: str, value: object) -> None:
+    """Set a field of a waiting job, or delete it with None. Its line, which no longer suits it, is made anew."""
+    name = KEYS["job"] + job_id
+    store._redis.hdel(name, field) if value is None else store._redis.hset(name, field, value)
+    for line in store._redis.scan_iter(KEYS["line"] + "*"):
+        store._redis.delete(line)
 
 
 def living(job_id: str) -> list[psutil.Process]:

@@ -25,7 +25,7 @@ from gptcore.rotation import older_log
 from gptcore.rundir import RunDir
 from gptcore.spec import parse_spec
 from tests.conftest import status_changes, wait_until
-from tests.worker.conftest import Worker, living, node, start, train_spec
+from tests.worker.conftest import Worker, change, living, node, start, train_spec
 from tests.worker.fake_trainer import step_event
 from worker import launch, trainer
 from worker.agent import Agent
@@ -364,7 +364,7 @@ def test_results_of_an_earlier_attempt_stay_when_a_later_one_scores(store: Store
             while shipper.send():
                 pass
         store.lose(job_id, ticket.attempt, 9, JobError(reason="lost", message="killed"), who="t")
-        store._redis.hdel(KEYS["job"] + job_id, "not_before")
+        change(store, job_id, "not_before", None)
     assert store.get_job(job_id).results == {"a": 1.0, "b": 2.0, "c": 3.0}
 
 

@@ -16,7 +16,7 @@ import redis
 
 from gptcore.spec import parse_spec
 from tests.conftest import status_changes, wait_until
-from tests.worker.conftest import node, start, train_spec
+from tests.worker.conftest import change, node, start, train_spec
 from worker.connection import AWAY, TakesNoWrites, connect
 from worker.follow import follow_events
 from worker.job import TRANSITIONS, JobError, Status, new_job_id
@@ -38,14 +38,6 @@ from worker.store import (
 
 def submit(store: Store, **changes: Any) -> str:
     return store.create_job(parse_spec(train_spec(**changes)), None)[0].id
-
-
-def change(store: Store, job_id: str, field: str, value: object) -> None:
-    """Set a field of a waiting job, or delete it with None. Its line, which no longer suits it, is made anew."""
-    name = KEYS["job"] + job_id
-    store._redis.hdel(name, field) if value is None else store._redis.hset(name, field, value)
-    for line in store._redis.scan_iter(KEYS["line"] + "*"):
-        store._redis.delete(line)
 
 
 def let_leases_run_out(store: Store) -> None:
