@@ -59,6 +59,7 @@ SPEC = json.loads((ROOT / "examples" / "demo.json").read_text())
 PIPELINED = 500  # script calls a round trip while jobs are made
 LONGEST_SCRIPT_MS = 10.0
 POLL_SECONDS = 2.0  # of a page
+SELDOM = 5  # polls until a page asks once more for the workers, and for the jobs about a run
 
 
 class Bench:
@@ -407,14 +408,16 @@ def viewers(bench: Bench) -> None:
 def opened_at_once(bench: Bench, job_id: str, count: int) -> None:
     """Latency of `GET /jobs` while `count` viewers open the same long run."""
     done = threading.Event()
+    # made before: each reads the certificates of this machine, on the same cores as the server
+    clients = [httpx2.Client(base_url=bench.url, timeout=120, trust_env=False) for _ in range(count)]
 
-    def open_it() -> None:
-        with httpx2.Client(base_url=bench.url, timeout=120, trust_env=False) as http:
+    def open_it(http: httpx2.Client) -> None:
+        with http:
             while not done.is_set():
                 http.get(f"/jobs/{job_id}/metrics", params={"max_points": 1000}).raise_for_status()
                 done.wait(1)
 
-    threads = [threading.Thread(target=open_it) for _ in range(count)]
+    threads = [threading.Thread(target=open_it, args=(http,)) for http in clients]
     for thread in threads:
         thread.start()
     try:
@@ -446,11 +449,14 @@ async def cpu_of_pages(
 async def watch_list(bench: Bench, running: str, done: asyncio.Event) -> None:
     connection = await Connection.open(bench)
     await asyncio.sleep(random.uniform(0, POLL_SECONDS))
-    while not done.is_set():
+    for poll in itertools.count():
         await connection.get("/jobs?view=summary&limit=50")
-        await connection.get("/workers")
         await connection.get(f"/sparklines?job={running}")  # of those only that made steps since
+        if poll % SELDOM == 0:
+            await connection.get("/workers")
         await asyncio.sleep(POLL_SECONDS)
+        if done.is_set():
+            break
     connection.close()
 
 
@@ -460,11 +466,14 @@ async def watch_run(bench: Bench, job_id: str, done: asyncio.Event) -> None:
     curves = json.loads(await connection.get(f"/jobs/{job_id}/metrics?max_points=4000"))
     reader, writer = await open_stream(bench, f"/jobs/{job_id}/metrics?after={curves['last_event_id']}")
     streaming = asyncio.create_task(drain(reader))
-    while not done.is_set():
+    for poll in itertools.count():
         await connection.get(f"/jobs/{job_id}")
-        await connection.get(f"/jobs?view=summary&limit=100&parent_job_id={job_id}")
-        await connection.get("/workers")
+        if poll % SELDOM == 0:
+            await connection.get(f"/jobs?view=summary&limit=100&parent_job_id={job_id}")
+            await connection.get("/workers")
         await asyncio.sleep(POLL_SECONDS)
+        if done.is_set():
+            break
     streaming.cancel()
     writer.close()
     connection.close()
