@@ -1,5 +1,6 @@
-"""Run under torchrun by a test: rank 0 saves and samples for longer than a collective may wait, and the last rank adds
-up another gradient norm. Each rank writes the hash of its last weights."""
+"""Run in several ranks by a test. Rank 0 saves and samples for longer than a collective may wait, and the last rank
+computes another gradient norm. Each rank writes the hash of its last weights.
+"""
 
 import hashlib
 import sys

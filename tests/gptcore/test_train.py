@@ -190,12 +190,12 @@ def test_ranks_agree_on_the_norm_and_wait_for_a_slow_first_rank(train: Trainers)
         optim={"name": "muon", "lr": 0.01, "warmup_steps": 0, "eps": 1e-3, "grad_clip": 0.01, "muon_beta2": 0.95},
         checkpoint={"every_steps": 1},
         evaluate={"every_steps": 3, "eval_tokens": 64},
-        sample={"every_steps": 3, "max_tokens": 3},
+        sample={"every_steps": 2, "max_tokens": 3},  # so that a step follows, in which the others would wait
     )
     run = train.make(spec, "run")
-    output, _ = train.start(run, 2, "tests.gptcore.slow_first_rank").communicate(timeout=60)
+    done = train.fork(run, 2, "tests.gptcore.slow_first_rank")
     written = [run.path / f"rank-{rank}" for rank in range(2)]
-    assert all(path.exists() for path in written), output
+    assert all(path.exists() for path in written), done.output
     assert written[0].read_text() == written[1].read_text()
     saved = list_checkpoints(run)[-1].optimizer()
     assert {name.partition("|")[2] for name in saved} >= {"momentum_buffer", "mean_squares"}
