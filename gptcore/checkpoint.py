@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptcore.events import Checkpointed, Notice, Report
-from gptcore.rundir import RunDir, write_atomically
+from gptcore.rundir import RunDir, sync, write_atomically
 from gptcore.spec import TrainSpec
 from gptcore.state import TrainState
 
@@ -150,9 +150,9 @@ class Saver:
                 meta["sizes"] = {p.name: p.stat().st_size for p in sorted(beside.iterdir())}
                 (beside / "state.json").write_text(json.dumps(meta), "utf-8")
                 for path in (*beside.iterdir(), beside):
-                    _sync(path)
+                    sync(path)
                 beside.rename(final)
-            _sync(final.parent)
+            sync(final.parent)
             self._retire(best)
         except OSError:
             shutil.rmtree(beside, ignore_errors=True)
@@ -177,14 +177,6 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from problem
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @torch.no_grad()

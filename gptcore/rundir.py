@@ -243,6 +243,15 @@ def _has_noted_sizes(checkpoint: Path) -> bool:
         return False
 
 
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, outlive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write beside `path`, sync and rename: a reader sees the old text or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,11 @@
 """Records of ended jobs in their run directories: where a job is read from once Redis has it no longer."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from gptcore.rundir import write_atomically
+from gptcore.rundir import sync, write_atomically
 from worker.job import is_job_id
 
 
@@ -43,7 +42,7 @@ class Archive:
         file = archive_file(self._runs / job_id)
         write_atomically(file, job.model_dump_json())
         for folder in (file.parent, self._runs):
-            _sync(folder)
+            sync(folder)
 
     def discard(self, job_id: str) -> None:
         """Remove a job's file, and its run directory if nothing else is in it."""
@@ -51,11 +50,3 @@ class Archive:
         file.unlink(missing_ok=True)
         if file.parent.is_dir() and not any(file.parent.iterdir()):
             file.parent.rmdir()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

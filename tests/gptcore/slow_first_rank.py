@@ -15,12 +15,8 @@ import torch
 from gptcore import dist as ranks
 from gptcore import train
 from gptcore.checkpoint import Saver
-from gptcore.dataset import read_dataset
-from gptcore.dist import close, start
-from gptcore.plan import resolve
-from gptcore.rundir import RunDir, datasets_root
-from gptcore.setup import build
-from gptcore.spec import TrainSpec, read_spec
+from gptcore.dist import close
+from tests.gptcore.ranks import build_trainer
 
 LIMIT_SECONDS = 2.0
 
@@ -41,12 +37,8 @@ def slow(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def main(folder: Path) -> None:
-    run = RunDir(folder)
-    spec = read_spec(run.spec)
-    assert isinstance(spec, TrainSpec)
-    dataset = read_dataset(datasets_root(), "small")
-    assert dataset is not None
-    dist = start("cpu", 1)
+    trainer = build_trainer(folder)
+    dist = trainer.dist
     train.TRAINING_TIMEOUT = timedelta(seconds=LIMIT_SECONDS)  # type: ignore[misc]
     ranks.HEARTBEAT_SECONDS = 0.2  # type: ignore[misc]
     Saver.wait = slow(Saver.wait)  # type: ignore[method-assign]
@@ -54,7 +46,6 @@ def main(folder: Path) -> None:
     if dist.rank == dist.world_size - 1:
         total_norm = train.get_total_norm
         train.get_total_norm = lambda grads: 2 * total_norm(grads)
-    trainer = build(resolve(spec, datasets_root()), dataset, dist, run, run.attempt(1), lambda event: None)
     trainer.train()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     (folder / f"rank-{dist.rank}").write_text(hashlib.sha256(weights.numpy().tobytes()).hexdigest())
