@@ -175,7 +175,8 @@ class Guard:
             raise Refusal(415, "unsupported_media_type", detail)
 
     def _is_own_origin(self, origin: str, host: str) -> bool:
-        return origin.partition("://")[2] == host or origin == self._origin
+        # without an address of its own no origin is the server's: an empty one neither
+        return origin.partition("://")[2] == host or (self._origin != "" and origin == self._origin)
 
     def _find(self, headers: Headers) -> Key | None:
         """Return the key that a request came with, None if it needs none. Raises Refusal."""

@@ -28,7 +28,7 @@ from gptcore.events import Event
 from gptcore.presets import PRESETS
 from gptcore.rundir import RunDir
 from worker.deletion import delete_job
-from worker.job import Job, JobPage, Node, Status, StatusChange
+from worker.job import Job, JobPage, JobSummaryPage, Node, Status, StatusChange
 from worker.keyring import AUDIT, AuditEntry, AuditKind, KeyRing
 from worker.record import place
 from worker.settings import Settings
@@ -171,7 +171,7 @@ def plan(submission: Sent, services: With) -> Planned:
     return plan_of(submission, services.settings, services.store)
 
 
-@router.get("/jobs", response_model=JobPage, tags=["jobs"])
+@router.get("/jobs", response_model=JobPage | JobSummaryPage, tags=["jobs"])
 async def jobs(
     request: Request,
     services: With,

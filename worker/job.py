@@ -78,8 +78,8 @@ class Allocation(Record):
     node_rank: int
 
 
-class Job(Record):
-    """A job as everyone sees it. Times are UTC, durations seconds, `progress` 0 to 1."""
+class JobSummary(Record):
+    """A job without its spec and its plan. Times are UTC, durations seconds, `progress` 0 to 1."""
 
     id: str
     kind: str
@@ -103,9 +103,6 @@ class Job(Record):
     started_at: datetime | None = None
     finished_at: datetime | None = None
     nodes: list[Allocation] = []  # where it runs, or ran last
-    # as accepted: a record is shown even where a later version would refuse its spec
-    spec: dict[str, Any]
-    plan: dict[str, Any] | None = None
     best_checkpoint: BestCheckpoint | None = None
     results: dict[str, float] = {}  # of evaluations, by name
     published: dict[str, Any] | None = None
@@ -120,6 +117,14 @@ class Job(Record):
         return self.status in TERMINAL_STATUSES
 
 
+class Job(JobSummary):
+    """A job as everyone sees it."""
+
+    # as accepted: a record is shown even where a later version would refuse its spec
+    spec: dict[str, Any]
+    plan: dict[str, Any] | None = None
+
+
 class JobPage(Record):
     """Newest first. `next` is the cursor of the page that follows, null on the last one.
 
@@ -127,6 +132,14 @@ class JobPage(Record):
     """
 
     data: list[Job]
+    has_more: bool
+    next: str | None
+
+
+class JobSummaryPage(Record):
+    """A JobPage with less of each job."""
+
+    data: list[JobSummary]
     has_more: bool
     next: str | None
 

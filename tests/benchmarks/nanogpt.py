@@ -62,7 +62,8 @@ class NanoGPT(nn.Module):
 def lr_at(step: int, steps: int, warmup_steps: int) -> float:
     if step < warmup_steps:
         return LR * (step + 1) / (warmup_steps + 1)
-    return MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps))) / 2
+    done = (step - warmup_steps) / (steps - 1 - warmup_steps)  # its last update is number max_iters, counted from 0
+    return MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * done)) / 2
 
 
 def train(model: NanoGPT, batches: Iterable[tuple[Tensor, Tensor]], steps: int, warmup_steps: int) -> None:

@@ -309,7 +309,7 @@ def test_a_ctrl_c_leaves_every_job_that_is_followed(monkeypatch: pytest.MonkeyPa
     class Family:
         """A server's client, of a job with two children of which the first is interrupted."""
 
-        def events(self, job_id: str) -> Iterator[Any]:
+        def events(self, job_id: str, last: int | None = None) -> Iterator[Any]:
             followed.append(job_id)
             if job_id != "parent":
                 raise KeyboardInterrupt

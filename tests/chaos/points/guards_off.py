@@ -145,7 +145,7 @@ GUARDS: dict[str, dict[str, Change]] = {
     "event-ids": {
         "worker.keys": _in_lua(
             "ship",
-            ("if place(ARGV[index]) > place(known) then", "if true then"),
+            ("if place_of(ARGV[index]) > place_of(known) then", "if true then"),
             ("most, ARGV[index], 'event'", "most, '*', 'event'"),
         )
     },
