@@ -33,9 +33,12 @@ def compile_a_kernel(device: torch.device) -> None:
 
     In a folder of its own inside the cache, which a kernel compiled earlier would hide a broken compiler in.
     """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.utils import fresh_cache
 
+    if device.type == "cpu":
+        pick_vec_isa()  # builds a program for each instruction set: once a machine, not each time in a new folder
     try:
         with fresh_cache(dir=cache_dir()):
             result = torch.compile(_small_kernel, dynamic=False)(torch.ones(64, device=device))

@@ -243,6 +243,7 @@ def kill_at_random(train: Trainers, run: RunDir, ranks: int, kills: int, draw: r
         pytest.param(4, "muon", True, marks=LONG_ONLY),
     ],
 )
+@pytest.mark.timeout(600)  # two ranks that compile, four times
 def test_a_killed_run_resumes_bit_for_bit(train: Trainers, ranks: int, optimizer: str, compiled: bool) -> None:
     spec = tiny_spec(optim={"name": optimizer, "lr": 0.003, "muon_beta2": 0.95}, compile=compiled, **LONG)
     whole = train(spec, "whole", ranks=ranks)
