@@ -40,11 +40,12 @@ os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)  # the stack's proc
 
 from benchmarks.api import ReplayedRun
 from benchmarks.table import RESULTS, ROOT, Table
+from gptcore.curves import extend
 from gptcore.dataset import read_dataset
 from gptcore.events import Step, parse_event
 from gptcore.plan import Hardware, plan, resolve
 from gptcore.prepare import prepare_builtin
-from gptcore.rundir import RunDir
+from gptcore.rundir import Attempt, RunDir
 from gptcore.spec import EvalSpec, TrainSpec, parse_spec
 from trainmaster.stack import Stack
 from worker.agent import Agent
@@ -144,7 +145,8 @@ def many_jobs(bench: Bench, count: int) -> None:
     with bench.slowest_script(f"{count:,} jobs, all of the below"):
         for what, query in listing.items():
 
-            def ask(_: int, query: dict[str, str] = query) -> httpx2.Response:
+            def ask(number: int, query: dict[str, str] = query) -> httpx2.Response:
+                bench.redis.set(KEYS["revision"], number)  # as if a job had changed: else one answer serves all
                 return bench.http.get("/jobs", params=query)
 
             bench.timed(what, ask, 100, 30)
@@ -321,6 +323,7 @@ def long_run(bench: Bench, steps: int) -> None:
         process.kill()
     killed_at = time.time()
     append_steps(run, steps)
+    store_columns(run.attempt(1))
     print(f"({steps:,} events written {time.time() - killed_at:.1f} s after the kill)", flush=True)
     first = wait_for(lambda: first_step(run.attempt(2).events), 300, "a step of attempt 2")
     bench.one("attempt killed → its successor's first step", "s", first - killed_at, 30)
@@ -356,6 +359,13 @@ def append_steps(run: RunDir, count: int) -> None:
                 f"{head}{seq + n}{between}{event.step + n}{before_loss}{2 + (n * 7919 % 1000) / 1000}{tail}"
                 for n in numbers
             ).encode())  # fmt: skip
+
+
+def store_columns(attempt: Attempt) -> None:
+    """Keep the columns that its launcher stores while a run goes on: all but those of the newest 4 MiB of events."""
+    after, end = -1, 0
+    while end > after:
+        after, end = end, extend(attempt, end)
 
 
 def _split(text: str, *marks: str) -> list[str]:
