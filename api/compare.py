@@ -134,8 +134,8 @@ def _parted_at(runs: Sequence[Run], key: Key) -> int | None:
     while True:
         parts = [run.part(key, start, start + size) for run in runs]
         for at in range(start, start + size, PARTED_STEPS):
-            if (parted := _first_difference([_between(part, at, at + PARTED_STEPS) for part in parts])) is not None:
-                return parted
+            if (step := _first_difference([_between(part, at, at + PARTED_STEPS) for part in parts])) is not None:
+                return step
         if any(run.last_step(key) < start + size for run in runs):
             return None
         start, size = start + size, 2 * size

@@ -253,7 +253,7 @@ class JsonlReport:
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, str]]:
-    """Complete lines from byte `offset` on, each with the offset behind it."""
+    """Yield complete lines from byte `offset` on, each with the offset of the byte after it."""
     with path.open("rb") as file:
         file.seek(offset)
         for line in file:
@@ -264,7 +264,7 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, str]]:
 
 
 def read_lines_backwards(path: Path) -> Iterator[tuple[int, str]]:
-    """Complete lines, the last one first, each with the offset behind it."""
+    """Yield complete lines, the last one first, each with the offset of the byte after it."""
     with path.open("rb") as file:
         begin = file.seek(0, os.SEEK_END)
         tail = b""  # from `begin` on, as far as it was not given yet
